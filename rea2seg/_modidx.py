@@ -42,6 +42,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rea2seg.records.Seeds.__post_init__': ('api/records.html#seeds.__post_init__', 'rea2seg/records.py'),
                                  'rea2seg.records.expect': ('api/records.html#expect', 'rea2seg/records.py')},
             'rea2seg.settings': { 'rea2seg.settings.Settings': ('api/settings.html#settings', 'rea2seg/settings.py'),
+                                  'rea2seg.settings.Settings.__post_init__': ( 'api/settings.html#settings.__post_init__',
+                                                                               'rea2seg/settings.py'),
                                   'rea2seg.settings.Settings.layers': ('api/settings.html#settings.layers', 'rea2seg/settings.py'),
                                   'rea2seg.settings.Settings.load': ('api/settings.html#settings.load', 'rea2seg/settings.py'),
                                   'rea2seg.settings.Settings.to_dict': ('api/settings.html#settings.to_dict', 'rea2seg/settings.py'),

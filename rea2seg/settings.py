@@ -62,7 +62,24 @@ def load_section(
     if any(f.name == "profile" for f in fields(cls)): values["profile"] = section
     return cls(**values)
 
-# %% ../nbs/api/settings.ipynb #2678714f
+# %% ../nbs/api/settings.ipynb #a57a5c21
+_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"),
+                evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
+_fractions = ("predicted_iou", "stability", "box_nms_iou")
+_positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")
+
+def _check(self: "Settings"):
+    for name, allowed in _choices.items():
+        if getattr(self, name) not in allowed: raise SettingsError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+    for name in _fractions:
+        if not 0 <= getattr(self, name) <= 1: raise SettingsError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+    for name in _positive:
+        if getattr(self, name) < 1: raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if not -1 <= self.similarity <= 1: raise SettingsError(f"similarity is a cosine in [-1, 1], got {self.similarity}")
+    if self.kept_tokens > self.top_tokens: raise SettingsError(f"kept_tokens (k2 = {self.kept_tokens}) exceeds top_tokens (k1 = {self.top_tokens})")
+    if self.last_layer < self.first_layer: raise SettingsError(f"last_layer {self.last_layer} comes before first_layer {self.first_layer}")
+
+# %% ../nbs/api/settings.ipynb #1af73814
 @dataclass(frozen=True)
 class Settings:
     "The numbers of one profile (section 5.1, appendix B); `Settings.load('lens')`."
@@ -106,6 +123,8 @@ class Settings:
     reasoning: bool
     max_new_tokens: int
 
+    def __post_init__(self): _check(self)
+
     @property
     def layers(self) -> tuple[int, ...]: return tuple(range(self.first_layer, self.last_layer + 1))
 
@@ -121,22 +140,3 @@ class Settings:
         return replace(self, **changes)
 
     def to_dict(self) -> dict: return asdict(self)
-
-# %% ../nbs/api/settings.ipynb #721c92ce
-_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"),
-                evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
-_fractions = ("predicted_iou", "stability", "box_nms_iou")
-_positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")
-
-def _check(self):
-    for name, allowed in _choices.items():
-        if getattr(self, name) not in allowed: raise SettingsError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-    for name in _fractions:
-        if not 0 <= getattr(self, name) <= 1: raise SettingsError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-    for name in _positive:
-        if getattr(self, name) < 1: raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if not -1 <= self.similarity <= 1: raise SettingsError(f"similarity is a cosine in [-1, 1], got {self.similarity}")
-    if self.kept_tokens > self.top_tokens: raise SettingsError(f"kept_tokens (k2 = {self.kept_tokens}) exceeds top_tokens (k1 = {self.top_tokens})")
-    if self.last_layer < self.first_layer: raise SettingsError(f"last_layer {self.last_layer} comes before first_layer {self.first_layer}")
-
-Settings.__post_init__ = _check
