@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .settings import load_section
 
-# %% ../nbs/api/images.ipynb #e2ed9cbb
+# %% ../nbs/api/images.ipynb #0c7231bb
 class ImageError(ValueError):
     "A picture that cannot be used; the message names it and says why."
 
@@ -25,7 +25,8 @@ class ImageLimits:
     "`[images.limits]` of settings.ini."
     max_pixels: int  # larger pictures are refused before they are decoded
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+Image.init()  # registers every format, so that the list below can be looked up
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 # %% ../nbs/api/images.ipynb #8f878b1d
 def to_rgb(picture: Image.Image) -> Image.Image:
