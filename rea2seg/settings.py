@@ -79,7 +79,7 @@ def _check(self: "Settings"):
     if self.kept_tokens > self.top_tokens: raise SettingsError(f"kept_tokens (k2 = {self.kept_tokens}) exceeds top_tokens (k1 = {self.top_tokens})")
     if self.last_layer < self.first_layer: raise SettingsError(f"last_layer {self.last_layer} comes before first_layer {self.first_layer}")
 
-# %% ../nbs/api/settings.ipynb #1af73814
+# %% ../nbs/api/settings.ipynb #4eb18f6b
 @dataclass(frozen=True)
 class Settings:
     "The numbers of one profile (section 5.1, appendix B); `Settings.load('lens')`."
@@ -90,6 +90,7 @@ class Settings:
     clip: str                   # CLIP tower of a LISA-family model, empty: what its config.json names
     evaluator: str              # folder or hub id
     evaluator_kind: str         # internvl | api | predicted_iou | oracle | random
+    memory_gib: int             # what both models need at once, in bfloat16 on a GPU
     # attention (section 4.2)
     first_layer: int            # first language-model layer whose attention counts, from 0
     last_layer: int             # last one, included
