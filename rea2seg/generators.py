@@ -98,20 +98,21 @@ def family_of(
     if found: raise CheckpointError(f"{where} has weights of two families, {' and '.join(found)} ({what})")
     raise CheckpointError(f"{where} is of no known generator family ({what}): there are neither learnable_query (lens) nor text_hidden_fcs (lisa) among its {len(keys)} weights")
 
-# %% ../nbs/api/generators.ipynb #bca47cc7
+# %% ../nbs/api/generators.ipynb #93e5cbda
 def sam_description(
-    extra: dict,  # rea2seg.json, or the argument `sam_config`: the description itself, or an object that holds it
+    extra: dict,              # rea2seg.json; its key `sam` holds the description, or its top level does
+    given: dict | None = None, # the argument `sam_config`, which wins: the description itself, or an object that holds it
 ) -> dict | None: # None: the released model's SAM
-    "What `rea2seg.json` or `sam_config` says about the SAM inside."
-    if not extra: return None
+    "What `sam_config` or `rea2seg.json` says about the SAM inside."
+    source = given or extra
     for name in ("sam", "sam2_tiny_trunk", "sam_vit"):
-        if isinstance(extra.get(name), dict): return {k: extra[k] for k in _sam_keys if k in extra} | extra[name]
-    return {k: v for k, v in extra.items() if k in _sam_keys or k.startswith("encoder_")} or None
+        if isinstance(source.get(name), dict): return {k: source[k] for k in _sam_keys if k in source} | source[name]
+    return given or {k: v for k, v in extra.items() if k in _sam_keys or k.startswith("encoder_")} or None
 
 _sam_keys = ("embed_dim", "num_heads", "stages", "global_att_blocks", "window_pos_embed_bkg_spatial_size", "window_spec", "q_pool",
              "image_size", "dim", "decoder_heads", "decoder_mlp", "decoder_depth")
 
-# %% ../nbs/api/generators.ipynb #0e968be7
+# %% ../nbs/api/generators.ipynb #211a8f51
 def load_generator(
     path_or_hub_id: str | Path,           # a folder, a hub id, or `embedded:NAME` for the weights in the package
     device: str | torch.device = "cpu",
@@ -127,6 +128,6 @@ def load_generator(
     config, extra, state = read_json(folder), read_json(folder, "rea2seg.json", required=False), read_state(folder)
     module, name = FAMILIES[family_of(config, state, folder)]
     generator = getattr(import_module(module), name).load(
-        folder, config, state, extra=extra, device=torch.device(device), dtype=dtype, sam=sam, sam_config=sam_description(sam_config or extra), clip=clip)
+        folder, config, state, extra=extra, device=torch.device(device), dtype=dtype, sam=sam, sam_config=sam_description(extra, sam_config), clip=clip)
     generator.layers = tuple(layers or ())
     return generator
