@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CATEGORIES', 'GRANULARITIES', 'SampleError', 'Sample']
 
-# %% ../../nbs/api/data_samples.ipynb #f0634fbd
+# %% ../../nbs/api/data_samples.ipynb #4052943e
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,15 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from ..images import load_image
-from ..masks import from_rle, to_rle
+from ..masks import from_rle
 
-# %% ../../nbs/api/data_samples.ipynb #8db41a57
+# %% ../../nbs/api/data_samples.ipynb #eba5d104
 CATEGORIES = ("geometric", "spatial", "discriminative", "multi-step")
 GRANULARITIES = ("part", "object", "semantic")
 
 class SampleError(ValueError):
-    "A sample cannot be built or read; the message begins with its name."
-    def __init__(self, name: str, message: str): super().__init__(f"{name}: {message}"); self.name = name
+    "A sample cannot be built or read; the message begins with its name, `kind` sorts it (see Reader)."
+    def __init__(self, name: str, message: str, kind: str = "sample"):
+        super().__init__(f"{name}: {message}")
+        self.name, self.kind = name, kind
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -64,18 +66,18 @@ class Sample:
         try:
             if callable(image): image = image()
             image = load_image(image)
-        except Exception as e: raise SampleError(self.name, f"picture cannot be read: {e}") from e
+        except Exception as e: raise SampleError(self.name, f"picture cannot be read: {e}", "picture") from e
         if self.mask and tuple(self.mask["size"]) != image.shape[:2]:
-            raise SampleError(self.name, "mask is {}x{} but the picture is {}x{}".format(*self.mask["size"], *image.shape[:2]))
+            raise SampleError(self.name, "mask is {}x{} but the picture is {}x{}".format(*self.mask["size"], *image.shape[:2]), "size")
         return image
 
     def _load_rle(self, key: str) -> np.ndarray: # bool[H,W]
         try: return from_rle(getattr(self, key))
-        except ValueError as e: raise SampleError(self.name, f"{key} is damaged: {e}") from e
+        except ValueError as e: raise SampleError(self.name, f"{key} is damaged: {e}", "mask") from e
 
     def load_mask(self) -> np.ndarray: # bool[H,W]
         "The answer's pixels; `SampleError` where there is none or it is damaged."
-        if self.mask is None: raise SampleError(self.name, "has no mask")
+        if self.mask is None: raise SampleError(self.name, "has no mask", "mask")
         return self._load_rle("mask")
 
     def load_ignore(self) -> np.ndarray | None: # bool[H,W]
