@@ -75,7 +75,11 @@ def _key_positions(
     if at.numel() and (at.min() < 0 or at.max() >= stop): raise ValueError(f"keys reach from {at.min()} to {at.max()}, there are {stop} positions")
     return at
 
-# %% ../nbs/api/attention.ipynb #aae59d27
+# %% ../nbs/api/attention.ipynb #c658b474
+def _pick(t: Tensor, local: Tensor) -> Tensor: # [B,h,Q,X] from [B,h,q,X] and int[B,Q]
+    "Each batch row's own queries."
+    return t[torch.arange(len(t), device=t.device)[:, None], :, local].transpose(1, 2)
+
 def _row_mask(
     module: nn.Module, base: str, mask, at: Tensor, start: int, q_length: int, T: int, offset: int, is_causal: bool | None, window: int | None,
 ) -> Tensor | None: # bool or float, broadcast against [B,H,Q,T]
@@ -84,7 +88,7 @@ def _row_mask(
     if isinstance(mask, Tensor) and mask.ndim == 4:
         mask = mask.expand(B, *mask.shape[1:])[..., :T]
         local = (at - start).clamp(0, mask.shape[2] - 1)
-        return mask[torch.arange(B, device=mask.device)[:, None], :, local].transpose(1, 2)
+        return _pick(mask, local)
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise NotImplementedError(f"attention masks of type {type(mask).__name__} ({base}) are not understood; use sdpa, eager or flash attention")
     column = torch.arange(offset, offset + T, device=at.device)
@@ -99,7 +103,7 @@ def _row_mask(
         allowed = near if allowed is None else near & allowed
     return allowed
 
-# %% ../nbs/api/attention.ipynb #aacfab12
+# %% ../nbs/api/attention.ipynb #cf39ed09
 class AttentionRows:
     "What `record_attention` gives: `rows` of the latest forward that held the queries, `steps` of all of them."
     def __init__(self, layers: dict[int, nn.Module], queries, keys, heads: str, grad: bool):
@@ -131,13 +135,12 @@ class AttentionRows:
             if here is None or not here.any(): continue
             columns = _key_positions(self.keys, stop, B, query.device).expand(B, -1) - offset
             local = (at - start).clamp(0, q_length - 1)
-            pick = lambda t: t[torch.arange(B, device=t.device)[:, None], :, local].transpose(1, 2)
             bias = kwargs.get("position_bias")
             softcap = kwargs.get("softcap", getattr(module, "attn_logit_softcapping", None))
             with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
                 allowed = _row_mask(module, base, mask, at, start, q_length, T, offset, kwargs.get("is_causal"), kwargs.get("sliding_window"))
-                rows = attention_rows(pick(query), key, allowed, kwargs.get("scaling"), softcap, kwargs.get("s_aux"),
-                                      None if bias is None else pick(bias.expand(B, *bias.shape[1:]))[..., :T])
+                rows = attention_rows(_pick(query, local), key, allowed, kwargs.get("scaling"), softcap, kwargs.get("s_aux"),
+                                      None if bias is None else _pick(bias.expand(B, *bias.shape[1:]), local)[..., :T])
                 if self.keys is None: rows = rows[..., :stop - offset] # a static cache ends in empty places
                 else: rows = rows.gather(-1, columns.clamp(min=0)[:, None, None].expand(B, H, at.shape[1], -1)) * (columns >= 0)[:, None, None]
                 rows = rows.mean(1) if self.heads == "mean" else rows.transpose(1, 2)   # [B,Q,T] or [B,Q,H,T]
