@@ -35,7 +35,7 @@ def parse_value(text: str, kind: type) -> Any:
     if kind is tuple: return tuple(float(part) for part in text.split(",") if part.strip())
     return kind(text)
 
-# %% ../nbs/api/settings.ipynb #1992c35e
+# %% ../nbs/api/settings.ipynb #bc2922e3
 def load_section(
     cls: type,              # a dataclass whose fields are `str`, `int`, `float`, `bool` or `tuple`
     section: str,           # name of the section, for example "lens"
@@ -44,11 +44,11 @@ def load_section(
 ):
     "Read `section` into a frozen dataclass; missing, unknown and unreadable keys raise `SettingsError` by name."
     path = Path(path or settings_path())
-    parser = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None)
+    parser = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, default_section="" if "." in section else "DEFAULT")
     if not parser.read(path, encoding="utf-8"): raise SettingsError(f"cannot read settings from {path}")
     if section not in parser: raise SettingsError(f"{path.name} has no section [{section}]; it has {', '.join(parser.sections())}")
     wanted = {f.name: f.type for f in fields(cls) if f.name != "profile"}
-    own = dict(parser[section]) if "." not in section else {k: v for k, v in parser[section].items() if k not in parser.defaults()}
+    own = dict(parser[section])
     missing, unknown = wanted.keys() - own.keys() - overrides.keys(), own.keys() - wanted.keys()
     surplus = overrides.keys() - wanted.keys()
     if missing: raise SettingsError(f"[{section}] of {path.name} lacks {', '.join(sorted(missing))}")
