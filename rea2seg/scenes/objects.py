@@ -42,7 +42,7 @@ def torus(text): return [S("body", "torus", (.7, .3), (0, 0, .3))]
 @builder
 def capsule(text): return [S("body", "capsule", (.48, .62), (0, 0, .48), _down)]
 
-# %% ../../nbs/api/scenes_objects.ipynb #a96923c6
+# %% ../../nbs/api/scenes_objects.ipynb #7af82faa
 @builder
 def mug(text):
     return [S("body", "cylinder", (.68, .8), (0, 0, .8), text=text), S("drink", "cylinder", (.56, .012), (0, 0, 1.6), colour="black", material="rubber"),
@@ -60,7 +60,7 @@ def doll(text):
 @builder
 def snowman(text):
     eyes = [S("head", "sphere", (.06,), (x, -.4, 2.42), colour="black", material="rubber") for x in (-.15, .15)]
-    return [S("body", "sphere", (.82,), (0, 0, .76), text=text), S("body", "sphere", (.6,), (0, 0, 1.72)), S("head", "sphere", (.44,), (0, 0, 2.38)), *eyes,
+    return [S("body", "sphere", (.82,), (0, 0, .82), text=text), S("body", "sphere", (.6,), (0, 0, 1.72)), S("head", "sphere", (.44,), (0, 0, 2.38)), *eyes,
             S("nose", "cone", (.1, 0, .2), (0, -.6, 2.32), _front, "orange", "rubber"),
             *(S("arms", "capsule", (.055, .4), (s * .85, 0, 1.85), (0, s * .9, 0), "wood", "rubber") for s in (-1, 1)),
             S("hat", "cylinder", (.56, .05), (0, 0, 2.72), colour="black", material="rubber"), S("hat", "cylinder", (.34, .24), (0, 0, 2.98), colour="black", material="rubber")]
