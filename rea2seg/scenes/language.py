@@ -91,7 +91,7 @@ def definite(program) -> str:
     "`the red cube`, for a program that names one object."
     return "the " + phrase(program[1])
 
-# %% ../../nbs/api/scenes_language.ipynb #ce206762
+# %% ../../nbs/api/scenes_language.ipynb #093ad5b8
 TEMPLATES = {
   "same": ("Which {t} has the same {attr} as {a}?", "Find the {t} that shares its {attr} with {a}.", "What {t} matches {a} in {attr}?",
            "Segment the {t} that is of the same {attr} as {a}.", "Look at {a}. Which {t} has the same {attr}?", "~Point out the {t} whose {attr} equals that of {a}."),
@@ -129,8 +129,8 @@ TEMPLATES = {
                "Something is hidden behind {a}. Which {t} is it?", "~Point out the {t} that only peeps out from behind {a}."),
   "thin": ("Which thin object does not belong in the picture and was added later?", "Segment the thin object among the solid ones.",
            "Find the object that is made of thin bars or wire.", "Which object does not fit because it is so thin?", "~Point out the thin object that seems out of place."),
-  "part": ("Which {part} belongs to {x}?", "Segment the {part} of {x}.", "Find {x} and mark its {part}.", "Look at {x}. Where is its {part}?",
-           "~Point out the {part} that is part of {x}."),
+  "part": ("Which {part} {belongs} to {x}?", "Segment the {part} of {x}.", "Find {x} and mark its {part}.", "Look at {x}. Where {be} its {part}?",
+           "~Point out the {part} that {x} has."),
   "part all": ("Which {part} belong to the {xs}?", "Segment the {part} of all {xs}.", "Find all {xs} and mark their {part}.",
                "Look at the {xs}. Where are their {part}?", "~Point out the {part} that are part of the {xs}."),
   "letters": ("Which {t} shows the {quantity} letters?", "Find the {t} with the {quantity} letters on it.", "Read all {ts}. Which one has the {quantity} letters?",
@@ -139,7 +139,7 @@ TEMPLATES = {
                  "Segment the {rank} of all {ts} {rel} {a}.", "~Point out the {rank} among the {ts} that are {rel} {a}."),
   "compare to": ("Which {t} is the {close} {x}?", "Find {x}. Which {t} is {close} it?", "Segment the {t} {close} {x}.", "First look for {x}, then find the {t} {close} it.",
                  "~Point out the {t} that stands {close} {x}."),
-  "most": ("Which {t} has the {quantity} {us} {it}?", "Find the {t} with the {quantity} {us} {it}.", "Count the {us} {it}. Which {t} has the {quantity}?",
+  "most": ("Which {t} has the {quantity} {us} {it}?", "Find the {t} with the {quantity} {us} {it}.", "Count the {us} {rel} each {t}. Which one has the {quantity}?",
            "Segment the {t} that has the {quantity} {us} {it}.", "~Point out the {t} where the {quantity} {us} are {it}."),
   "having": ("Which {t} has exactly {n} {it}?", "Find the {t} with exactly {n} {it}.", "Segment the {t} that has exactly {n} {it}.",
              "There is one {t} with exactly {n} {it}. Which one?", "~Point out the {t} where exactly {n} can be counted {it}."),
@@ -155,7 +155,7 @@ TEMPLATES = {
                   "~Point out each {t} that is {how}."),
   "warm": ("Segment the {t}.", "Where is the {t}?", "Find the {t}.", "Which object is the {t}?", "~Point out the {t}."),
   "warm all": ("Segment all {ts}.", "Where are the {ts}?", "Find every {t}.", "Which objects are {ts}?", "~Point out all {ts}."),
-  "warm part": ("Segment the {part} of {x}.", "Where is the {part} of {x}?", "Find the {part} of {x}.", "Which part is the {part} of {x}?", "~Point out the {part} of {x}."),
+  "warm part": ("Segment the {part} of {x}.", "Where {be} the {part} of {x}?", "Find the {part} of {x}.", "Look at {x}. Where {be} its {part}?", "~Point out the {part} of {x}."),
   "warm position": ("Which {t} is the {rank}?", "Find the {t} that is the {rank}.", "Segment the {rank} {t}.", "Of all {ts}, which one is the {rank}?",
                     "~Point out the {t} that is the {rank}."),
 }

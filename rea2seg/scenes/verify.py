@@ -103,7 +103,7 @@ def shortcut(view: View, program, answer: Answer, everywhere: bool) -> str: # th
         if (op in RELATIONAL or everywhere and op in ("purpose", "with", "letter")) and needless(view, less, answer): return f"{op} is not needed"
     return ""
 
-# %% ../../nbs/api/scenes_verify.ipynb #27f490cd
+# %% ../../nbs/api/scenes_verify.ipynb #f6a0ffe7
 def _geometric(view, program, answer, subtype) -> tuple[str, str]:
     refs = list(references(program))
     if not refs: return "form", "no relation to another object"
@@ -148,10 +148,10 @@ def _discriminative(view, program, answer, subtype) -> tuple[str, str]:
         if (view.sets["scene"][0] & ~bits).bit_count() < 2: return "trivial", "nothing that it could be taken for"
     return "", ""
 
-STEPS = (*RELATIONAL, "purpose", "with", "letter", "part")
+STEPS = {op: 1 for op in (*RELATIONAL, "purpose", "with", "letter", "part")} | {op: 2 for op in ("most", "fewest", "having", "commonest", "letters")}
 def steps(program) -> int:
-    "Reasoning steps of a program: all operations but plain attribute filters."
-    return (program[0] in STEPS) + sum(steps(a) for a in program[1:] if isinstance(a, (list, tuple)))
+    "Reasoning steps of a program: all operations but plain attribute filters; counting and reading are followed by a comparison."
+    return STEPS.get(program[0], 0) + sum(steps(a) for a in program[1:] if isinstance(a, (list, tuple)))
 
 def _multistep(view, program, answer, subtype) -> tuple[str, str]:
     if (n := steps(program)) < 2: return "steps", f"{n} step"

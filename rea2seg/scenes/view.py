@@ -174,7 +174,7 @@ def _paint(self: View, i: int) -> dict[str, float]: # colour -> share of the obj
     return out
 View._paint = _paint
 
-# %% ../../nbs/api/scenes_view.ipynb #2fda765c
+# %% ../../nbs/api/scenes_view.ipynb #91c3e5fb
 def word(self: View, attr: str, value: str) -> tuple[int, int]: # sure, maybe
     "Objects to which a word applies."
     return self.words[attr].get(value, (0, 0))
@@ -201,11 +201,12 @@ def _order(self: View, name, o):
     seen = [sign * (g - self.depth[o]) for g in self.depth]
     return self.bits(lambda i: d[i] > m and seen[i] > 0), self.bits(lambda i: d[i] > -m)
 
-def _size(self: View, name, o):
-    value, r = (self.height if name in ("taller", "shorter") else self.bulk), self.rules.size_ratio
-    up = name in ("larger", "taller")
-    beats = lambda a, b: a > r * b if up else r * a < b
-    return self.bits(lambda i: beats(value[i], value[o])), self.bits(lambda i: not beats(value[o], value[i]))
+def _size(self: View, name, o): # in bulk and not the other way round in height; "taller" by height alone
+    r, up, tall = self.rules.size_ratio, name in ("larger", "taller"), name in ("taller", "shorter")
+    thin = [not tall and x.kind in THIN for x in self.objects]
+    def bigger(i, j): return self.height[i] > r * self.height[j] if tall else self.bulk[i] > r * self.bulk[j] and self.height[i] > .9 * self.height[j]
+    beats = (lambda i, j: bigger(i, j)) if up else (lambda i, j: bigger(j, i))
+    return self.bits(lambda i: beats(i, o) and not (thin[i] or thin[o])), self.bits(lambda i: not beats(o, i) or thin[i] or thin[o])
 
 def nearer(self: View, o: int) -> list[int]:
     "For each object i the set of those that are surely farther from `o` than i is."
