@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAM1_SIZES', 'Sam1Config', 'sam1_config', 'rename_sam1', 'Sam1']
 
-# %% ../nbs/api/sam1_model.ipynb #d543a655
+# %% ../nbs/api/sam1_model.ipynb #260b3858
 import re
 from dataclasses import asdict, dataclass, fields
 
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
-from .sam_core import Layer, Parts, Sam, init_sam
+from .sam_core import Sam, init_sam
+from .sam_decoder import Layer, Parts
 
 # %% ../nbs/api/sam1_model.ipynb #cb38ba48
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SAM2_SIZES', 'Sam2Config', 'sam2_config', 'Sam2']
 
-# %% ../nbs/api/sam2_model.ipynb #9b503064
+# %% ../nbs/api/sam2_model.ipynb #39a8a0d1
 from dataclasses import asdict, dataclass, fields
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.sam.mask_decoder import MaskDecoder
@@ -20,7 +21,8 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from .sam_core import Layer, Parts, Sam, init_sam
+from .sam_core import Sam, check_image, init_sam, normalise
+from .sam_decoder import Layer, Parts
 
 # %% ../nbs/api/sam2_model.ipynb #3f54336f
 @dataclass(frozen=True)
@@ -119,10 +121,7 @@ class Sam2(Sam):
         sam = init_sam(cls(config, resizer), seed)
         return sam.train() if trainable else sam.freeze()
 
-# %% ../nbs/api/sam2_model.ipynb #bfcc353d
-from fastcore.basics import patch
-from .sam_core import check_image, normalise
-
+# %% ../nbs/api/sam2_model.ipynb #24f87485
 @patch
 def resize(self: Sam2, image: np.ndarray) -> np.ndarray: # uint8[side,side,3]
     "Stretch to the square as OpenCV does."
