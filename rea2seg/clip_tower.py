@@ -18,9 +18,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve
 
-# %% ../nbs/api/clip_tower.ipynb #aedfdf61
+# %% ../nbs/api/clip_tower.ipynb #2c886d35
 class ClipTower(nn.Module):
     "A frozen CLIP vision tower: patch features for the language model, token boxes for the picture."
+    elongation = 200 # longest over shortest side; CLIP's processor scales the whole picture before it crops
+
     def __init__(self,
         clip: CLIPVisionModel,
         processor: CLIPImageProcessorPil | None = None,
@@ -58,6 +60,8 @@ class ClipTower(nn.Module):
 
     def pixels(self, image: np.ndarray) -> Tensor: # float[1,3,S,S]
         "Scale, centre-crop and normalise `image` uint8[H,W,3], as CLIP's own processor does."
+        H, W = image.shape[:2]
+        if max(H, W) > self.elongation * min(H, W): raise ValueError(f"a picture of {W}x{H} pixels is too long for the CLIP tower, at most {self.elongation} times its width")
         return self.processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
 
     def token_boxes(self, size_hw: tuple[int, int]) -> Tensor: # float[T,4] x0, y0, x1, y1 in pixels of the picture

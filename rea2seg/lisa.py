@@ -137,8 +137,8 @@ def _mean(self: LisaGenerator, attention: Tensor) -> Tensor: # float[n,L,heads,N
 
 LisaGenerator._masks, LisaGenerator._mean, LisaGenerator.ground_tensors = _masks, _mean, ground_tensors
 
-# %% ../nbs/api/lisa.ipynb #edc0d559
-NO_SEG = f"the model wrote no {SEG}, so it sees no such thing; {SEG} was appended to get a mask"
+# %% ../nbs/api/lisa.ipynb #ac3fb98b
+NO_SEG = f"the model wrote no {SEG}: it was appended to the answer to get a mask, the reference would return an empty one"
 
 def says_present(grounding: Grounding) -> list[bool]: # one for each [SEG]
     "SESAME's object presence: the model wrote [SEG] by itself and its mask is not empty."

@@ -92,7 +92,7 @@ def layout(
     places = at - 1 + (tokens - 1) * (at > image[rows])
     return Layout(image, tokens, S + tokens - 1, rows, places)
 
-# %% ../nbs/api/lisa_model.ipynb #2656de83
+# %% ../nbs/api/lisa_model.ipynb #29995cce
 @dataclass
 class LisaOutput:
     "One forward pass over conversations with pictures."
@@ -132,6 +132,8 @@ class LisaModel(LlamaForCausalLM):
         "Text logits and prompt embeddings of conversations (equation of section 4.1)."
         if features is None: return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **llama)
         where = layout(input_ids, features.shape[1], self.config.seg_token_id)
+        for name, t in (("attention_mask", attention_mask), ("labels", labels)):
+            if t is not None and t.shape != input_ids.shape: raise ValueError(f"{name} must be int{list(input_ids.shape)} as input_ids, got {list(t.shape)}")
         if attention_mask is not None: attention_mask = where.spread(attention_mask.long(), 1)
         positions = torch.arange(where.length, device=input_ids.device)[None] # plain, whatever is masked
         queries, slots = where.queries
