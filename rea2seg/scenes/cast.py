@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'LETTERS', 'GROUND', 'SKY', 'Packed', 'part_row', 'pack', 'cameras', 'corners', 'pixel_scale', 'rectangles',
-           'chunk_size', 'pairs', 'ray_table', 'meet', 'join', 'split', 'view_rays', 'ground_depth', 'Cast',
-           'check_size', 'object_rectangles', 'cast']
+           'take', 'found', 'chunk_size', 'pairs', 'ray_table', 'meet', 'join', 'split', 'view_rays', 'ground_depth',
+           'Cast', 'check_size', 'object_rectangles', 'cast']
 
 # %% ../../nbs/api/scenes_cast.ipynb #f6ff50fc
 import math
@@ -137,7 +137,16 @@ def rectangles(packed: Packed, points: Tensor, size_hw: tuple[int, int]) -> Tens
     low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
     return torch.cat([low, high.maximum(low)], -1).long()
 
-# %% ../../nbs/api/scenes_cast.ipynb #31ca63d2
+# %% ../../nbs/api/scenes_cast.ipynb #5fcfe826
+def take(table: Tensor, at: Tensor) -> Tensor: # [...,M]
+    "Columns of `table` [...,N] at int64[M]."
+    return table.index_select(-1, at)
+
+def found(mask: Tensor) -> Tensor: # int64[M]
+    "Where bool[N] is true."
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
+
+# %% ../../nbs/api/scenes_cast.ipynb #1eb3a240
 def chunk_size(device: torch.device) -> int:
     "Pairs at once: what stays in a CPU's cache, or what fills a GPU."
     return 1 << 16 if device.type == "cpu" else 1 << 23
@@ -160,17 +169,17 @@ def pairs(
         stop = max(start + 1, int(torch.searchsorted(ends, done + chunk_size(device), right=True)))
         ids, a, w = which[start:stop], area[start:stop], wide[start:stop]
         total = int(a.sum())
-        first = torch.stack([boxes[ids, 0], boxes[ids, 1], w, a.cumsum(0) - a, scene[ids] * (H * W), ids]).to(device)
+        # float32 counts exactly up to 2^24, more than a chunk has
+        first = torch.stack([(a.cumsum(0) - a).float(), w.float(), boxes[ids, 0].float(), boxes[ids, 1].float()]).to(device)
         rep = torch.repeat_interleave(torch.arange(len(ids), device=device), a.to(device), output_size=total)
-        x0, y0, w, begin, base, solid = first[:, rep]
-        index = torch.arange(total, device=device) - begin
-        row = ((index.float() + .5) / w.float()).floor()
-        y = y0 + row.long()
-        x = x0 + index - row.long() * w
-        yield solid, x, y, base + y * W + x
+        begin, w, x0, y0 = take(first, rep)
+        index = torch.arange(total, device=device, dtype=torch.float32) - begin
+        row = ((index + .5) / w).floor()
+        x, y = x0 + index - row * w, y0 + row
+        yield take(ids.to(device), rep), x, y, take((scene[ids] * (H * W)).to(device), rep) + (y * W + x).long()
         start = stop
 
-# %% ../../nbs/api/scenes_cast.ipynb #c5dbe6f1
+# %% ../../nbs/api/scenes_cast.ipynb #fbf29685
 def ray_table(packed: Packed, size_hw: tuple[int, int], dtype=torch.float32) -> Tensor: # [15,N] origin, forward, right, up, parameters
     "The cameras in the solids' frames; right and up are per pixel."
     s = packed.scene
@@ -181,10 +190,10 @@ def ray_table(packed: Packed, size_hw: tuple[int, int], dtype=torch.float32) -> 
 
 def meet(kind: int, table: Tensor, solid: Tensor, u: Tensor, v: Tensor):
     "Intersect pairs of one type: t along the ray (depth, as forward has length 1) and face."
-    g = table[:, solid]
+    g = take(table, solid)
     return HITS[kind](g[:3], g[3:6] + g[6:9] * u + g[9:12] * v, g[12:])
 
-# %% ../../nbs/api/scenes_cast.ipynb #6e2317a5
+# %% ../../nbs/api/scenes_cast.ipynb #f25968ac
 GROUND, SKY = -1, -2
 _empty = torch.iinfo(torch.int64).max
 
@@ -213,7 +222,7 @@ def ground_depth(packed: Packed, u: Tensor, v: Tensor, axes: Tensor) -> Tensor: 
     t = -packed.eye[:, 2].to(u).view(-1, 1, 1) / fall
     return torch.where(fall < -1e-6, t, torch.inf)
 
-# %% ../../nbs/api/scenes_cast.ipynb #7be14304
+# %% ../../nbs/api/scenes_cast.ipynb #f48f26d8
 @dataclass(frozen=True)
 class Cast:
     "What the pixels' centres see, counted over the batch."
@@ -252,12 +261,12 @@ def cast(packed: Packed, size_hw: tuple[int, int], device="cpu", dtype=torch.flo
     drawn = torch.zeros(int(room.sum()) + 1, dtype=torch.int64, device=device)
     key = torch.full((packed.size * H * W,), _empty, device=device)
     for kind in range(len(TYPES)):
-        for solid, x, y, pixel in pairs((packed.kind == kind).nonzero()[:, 0], boxes, packed.scene, (H, W), device):
+        for solid, x, y, pixel in pairs(found(packed.kind == kind), boxes, packed.scene, (H, W), device):
             t, face = meet(kind, table, solid, x.to(dtype) + (.5 - W / 2), (H / 2 - .5) - y.to(dtype))
-            got = t.isfinite().nonzero()[:, 0]
-            solid, x, y = solid[got], x[got], y[got]
-            key.scatter_reduce_(0, pixel[got], join(t[got], solid, face[got]), "amin")
-            offset, wide = raster[:, solid]
+            got = found(t.isfinite())
+            solid, x, y = take(solid, got), take(x, got).long(), take(y, got).long()
+            key.scatter_reduce_(0, take(pixel, got), join(take(t, got), solid, take(face, got)), "amin")
+            offset, wide = take(raster, solid)
             drawn[offset + y * wide + x] = 1
     ends = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), drawn.cumsum(0)])
     alone = ends[(start + room).to(device)] - ends[start.to(device)]

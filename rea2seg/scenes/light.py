@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Lamps', 'lamps', 'shadow_rectangles', 'jitter', 'world_table', 'shadow', 'ball_radius', 'soften']
 
-# %% ../../nbs/api/scenes_light.ipynb #40688483
+# %% ../../nbs/api/scenes_light.ipynb #ab1e3ecf
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cast import Cast, Packed, corners, pairs, rectangles
+from .cast import Packed, corners, found, pairs, rectangles, take
 from .primitives import HITS, TYPES
 
 # %% ../../nbs/api/scenes_light.ipynb #1ae394bd
@@ -42,7 +42,7 @@ def lamps(packed: Packed) -> Lamps:
     return Lamps(torch.stack([key, fill, above], 1), torch.stack([f(0, 1), f(1, 1), torch.full_like(strength, 48.)], 1),
                  torch.stack([f(0, 2) * s, f(1, 2) * s, f(2, None) * s], 1), f(3, None) * s, f(4, None) * s, f(5, None) * s)
 
-# %% ../../nbs/api/scenes_light.ipynb #f8ce5289
+# %% ../../nbs/api/scenes_light.ipynb #3a7e2e0b
 def shadow_rectangles(packed: Packed, where: Tensor, half: Tensor, size_hw) -> Tensor: # int64[N,4]
     "Pixels that each solid can keep the light of one lamp from: lamp at float64[B,3] with half side float64[B]."
     points = corners(packed)
@@ -80,20 +80,20 @@ def shadow(
     free = torch.ones_like(facing)
     boxes = shadow_rectangles(packed, where, half, size_hw)
     for kind in range(len(TYPES)):
-        for solid, _, _, pixel in pairs((packed.kind == kind).nonzero()[:, 0], boxes, packed.scene, size_hw, device):
-            turned = facing[pixel].nonzero()[:, 0]
-            solid, pixel = solid[turned], pixel[turned]
-            o, d = at[:, pixel] - table[9:12, solid], way[:, pixel]
+        for solid, _, _, pixel in pairs(found(packed.kind == kind), boxes, packed.scene, size_hw, device):
+            turned = found(take(facing, pixel))
+            solid, pixel = take(solid, turned), take(pixel, turned)
+            o, d = take(at, pixel) - take(table[9:12], solid), take(way, pixel)
             # most rays miss the solid's ball: leave them here
-            p = table[12:, solid]
+            p = take(table[12:], solid)
             ball = ball_radius(kind, p)
             dd, od = d.square().sum(0), (o * d).sum(0)
             near = ((o.square().sum(0) - ball.square()) * dd < od * od) & (od < ball * dd.sqrt())
-            close = near.nonzero()[:, 0]
-            g, o, d = table[:9, solid[close]], o[:, close], d[:, close]
+            close = found(near)
+            g, o, d = take(table[:9], take(solid, close)), take(o, close), take(d, close)
             into = lambda v: torch.stack([g[0] * v[0] + g[1] * v[1] + g[2] * v[2], g[3] * v[0] + g[4] * v[1] + g[5] * v[2], g[6] * v[0] + g[7] * v[1] + g[8] * v[2]])
-            t = HITS[kind](into(o), into(d), p[:, close])[0]
-            free[pixel[close[t < 1]]] = False
+            t = HITS[kind](into(o), into(d), take(p, close))[0]
+            free[take(pixel, take(close, found(t < 1)))] = False
     return free, way
 
 def ball_radius(kind: int, p: Tensor) -> Tensor: # float[M]

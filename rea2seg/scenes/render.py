@@ -6,21 +6,21 @@
 __all__ = ['Points', 'surface_points', 'front_room', 'look_table', 'albedo', 'backdrop', 'shade', 'gloss', 'border', 'antialias',
            'RenderedBatch', 'measure', 'render_packed', 'to_records', 'render']
 
-# %% ../../nbs/api/scenes_render.ipynb #bb64f7d1
+# %% ../../nbs/api/scenes_render.ipynb #5c147865
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cast import (GROUND, SKY, Cast, Packed, cast, check_size, ground_depth, join, meet, pack, pairs, pixel_scale,
-                                 split, view_rays)
+from .cast import (GROUND, SKY, Cast, Packed, cast, check_size, found, ground_depth, join, meet, pack, pairs,
+                                 pixel_scale, split, take, view_rays)
 from .graph import TEXTURES, Facts, Rendered, Scene
 from .light import Lamps, lamps, shadow, soften, world_table
 from .primitives import TYPES, half_extents, normals
 from .texture import letters, luminance, paint, palette, srgb
 
-# %% ../../nbs/api/scenes_render.ipynb #9a95b506
+# %% ../../nbs/api/scenes_render.ipynb #5ccffad5
 @dataclass(frozen=True)
 class Points:
     "The surfaces that P = B*H*W pixels see; the sky's points lie far away."
@@ -39,19 +39,20 @@ def surface_points(packed: Packed, seen: Cast, table: Tensor, size_hw) -> Points
     ray = torch.stack([a[:, 2, i] + u * a[:, 0, i] + v * a[:, 1, i] for i in range(3)]).view(3, -1)
     scene = torch.arange(B, device=device).repeat_interleave(H * W)
     t = seen.t.view(-1).clamp(max=1e4)
-    at = packed.eye.to(device, torch.float32).T[:, scene] + t * ray
+    at = take(packed.eye.to(device, torch.float32).T.contiguous(), scene) + t * ray
     solid, face = seen.solid.view(-1), seen.face.view(-1)
     normal = torch.zeros_like(at); normal[2] = 1
-    kind = torch.where(solid >= 0, packed.kind.to(device)[solid.clamp(min=0)] if N else -1, -1)
+    some = found(solid >= 0)
+    kind = take(packed.kind.to(device), take(solid, some))
     for k, name in enumerate(TYPES):
-        i = (kind == k).nonzero()[:, 0]
-        g = table[:, solid[i]]
-        o = at[:, i] - g[9:12]
-        local = normals(name, (g[:9].view(3, 3, -1) * o).sum(1), g[12:], face[i])
+        i = take(some, found(kind == k))
+        g = take(table, take(solid, i))
+        o = take(at, i) - g[9:12]
+        local = normals(name, (g[:9].view(3, 3, -1) * o).sum(1), g[12:], take(face, i))
         normal[:, i] = (g[:9].view(3, 3, -1) * local[:, None]).sum(0)
-    return Points(at, ray, normal, torch.where(solid >= 0, solid, N + scene), scene, (solid >= 0).nonzero()[:, 0])
+    return Points(at, ray, normal, torch.where(solid >= 0, solid, N + scene), scene, some)
 
-# %% ../../nbs/api/scenes_render.ipynb #eac659ee
+# %% ../../nbs/api/scenes_render.ipynb #95d79214
 def front_room(packed: Packed) -> tuple[Tensor, Tensor]: # float64[N] half width and half height of the room for letters
     "How much of a solid's front can carry letters: nearly all of a flat one, the middle of a round one."
     spin = packed.turn # the object's yaw is taken out: what is left turns the solid within its object
@@ -77,32 +78,35 @@ def look_table(packed: Packed, device) -> tuple[Tensor, Tensor]: # int64[7,N+B],
 def albedo(packed: Packed, points: Points, looks: Tensor, frames: Tensor, footprint: Tensor) -> Tensor: # float32[3,P] linear
     "Base colour with texture and letters."
     device = footprint.device
-    colour = palette().to(device).T.contiguous()[:, looks[0][points.solid]]
-    rough, lettered = looks[2][points.solid], looks[3][points.solid]
+    tint, _, rough, lettered = take(looks[:4], points.solid)
+    colour = take(palette().to(device).T.contiguous(), tint)
+    painted = colour.clone()
     def frame(i):
-        x, y, z, c, s = frames[:, points.solid[i]]
+        x, y, z, c, s = take(frames, take(points.solid, i))
         turn = lambda v: torch.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])
-        return turn(points.at[:, i] - torch.stack([x, y, z])), turn(points.normal[:, i]), turn
+        return turn(take(points.at, i) - torch.stack([x, y, z])), turn(take(points.normal, i)), turn
     for k, name in enumerate(TEXTURES, 1):
-        i = (rough == k).nonzero()[:, 0]
+        i = found(rough == k)
         if len(i) == 0: continue
         at, normal, _ = frame(i)
-        colour[:, i] = paint(name, at, normal, footprint[i], colour[:, i])
-    i = (lettered > 0).nonzero()[:, 0]
+        painted[:, i] = paint(name, at, normal, take(footprint, i), take(colour, i))
+    i = found(lettered > 0)
     if len(i):
-        solid = points.solid[i]
+        solid, base = take(points.solid, i), take(colour, i)
         at, normal, turn = frame(i)
-        centre = turn(packed.centre.to(device, torch.float32).T[:, solid] - frames[:3, solid])
-        wide, high = (r.to(device, torch.float32)[solid] for r in front_room(packed))
-        ink = letters(at[0] - centre[0], at[2] - centre[2], wide, high, lettered[i], looks[4:, solid], footprint[i]) * (normal[1] < -.2)
-        base = colour[:, i]
-        colour[:, i] = base + ink * (torch.where(luminance(base) > .18, .012, .9) - base)
-    return colour
+        centre = turn(take(packed.centre.T.to(device, torch.float32), solid) - take(frames[:3], solid))
+        wide, high = (take(r.to(device, torch.float32), solid) for r in front_room(packed))
+        plate, ink = letters(at[0] - centre[0], at[2] - centre[2], wide, high, take(lettered, i), take(looks[4:], solid), take(footprint, i))
+        front = (normal[1] < -.2).float()
+        under = take(painted, i)
+        under = under + plate * front * (base - under) # letters on a pattern stand on a plain plate
+        painted[:, i] = under + ink * front * (torch.where(luminance(base) > .18, .012, .9) - under)
+    return painted
 
-# %% ../../nbs/api/scenes_render.ipynb #5fcd3dca
+# %% ../../nbs/api/scenes_render.ipynb #c10b27ab
 def backdrop(lights: Lamps, scene: Tensor, up: Tensor) -> Tensor: # float[3,M]
     "The backdrop in a direction with that vertical component, -1 to 1."
-    h, z = (t.to(up).T[:, scene] for t in (lights.horizon, lights.zenith))
+    h, z = (take(t.to(up).T.contiguous(), scene) for t in (lights.horizon, lights.zenith))
     return h + (z - h) * up.clamp(0, 1).sqrt()
 
 def shade(packed: Packed, seen: Cast, size_hw) -> Tensor: # float32[B,3,H,W] linear light
@@ -115,7 +119,8 @@ def shade(packed: Packed, seen: Cast, size_hw) -> Tensor: # float32[B,3,H,W] lin
     t = seen.t.view(-1).clamp(max=1e4)
     norm = points.ray.square().sum(0).sqrt()
     slant = -(points.ray * n).sum(0) / norm
-    footprint = t * pixel_scale(packed, size_hw).to(device, torch.float32)[s] / slant.clamp(min=.12).sqrt()
+    per = lambda v: take(v.to(device, torch.float32).movedim(0, -1).contiguous(), s) # a scene's numbers for each of its pixels
+    footprint = t * per(pixel_scale(packed, size_hw)) / slant.clamp(min=.12).sqrt()
     base = albedo(packed, points, looks, frames, footprint)
     lifted = at + n * (2e-3 + 2e-5 * t)
     free, ways = [], []
@@ -124,27 +129,29 @@ def shade(packed: Packed, seen: Cast, size_hw) -> Tensor: # float32[B,3,H,W] lin
         free.append(f); ways.append(way)
     surface = torch.where(seen.solid >= 0, seen.solid * 8 + seen.face, -1)
     open_ = soften(torch.stack(free).float().view(-1, B, H, W), surface).view(-1, B * H * W)
-    key, fill, above = (lights.colour[:, l].to(device, torch.float32).T[:, s] for l in range(3))
-    below = lights.bounce.to(device, torch.float32).T[:, s]
+    key, fill, above = (per(lights.colour[:, l]) for l in range(3))
+    below = per(lights.bounce)
     half = .5 + .5 * n[2]
     ambient = (below + (above - below) * half) * (.25 + .75 * open_[2])
     lamp = []
     for l, tint in ((0, key), (1, fill)):
         # the lamp's middle: its spots already softened the shadow
-        way = lights.position[:, l].to(device, torch.float32).T[:, s] - at
+        way = per(lights.position[:, l]) - at
         far = way.square().sum(0)
-        reach = (lights.position[:, l] - packed.target).square().sum(-1).to(device, torch.float32)[s]
+        reach = per((lights.position[:, l] - packed.target).square().sum(-1))
         lamp.append((way / far.sqrt(), tint * (open_[l] * (reach / far).clamp(max=3))))
     light = ambient + sum(c * (d * n).sum(0).clamp(min=0) for d, c in lamp)
     out = base * light
     i = points.seen
-    out[:, i] = gloss(out[:, i], base[:, i], points.ray[:, i] / norm[i], n[:, i], at[:, i], [(d[:, i], c[:, i]) for d, c in lamp], looks[1][points.solid[i]] > 0,
-                      open_[2][i], ambient[:, i], lights, s[i], palette().to(device).T[:, packed.ground[:, 1].to(device)][:, s[i]])
+    at_i = lambda v: take(v, i)
+    floor = take(palette().T.to(device), packed.ground[:, 1].to(device))
+    out[:, i] = gloss(at_i(out), at_i(base), at_i(points.ray / norm), at_i(n), [(at_i(d), at_i(c)) for d, c in lamp], take(looks[1], at_i(points.solid)) > 0,
+                      at_i(open_[2]), at_i(ambient), lights, at_i(s), floor)
     sky = backdrop(lights, s, points.ray[2] / norm)
     haze = torch.where(seen.solid.view(-1) == SKY, 1., torch.where(seen.solid.view(-1) == GROUND, 1 - torch.exp(-(t / 45) ** 2), 0.))
     return (out + haze * (sky - out)).view(3, B, H, W).transpose(0, 1)
 
-def gloss(out, base, view, n, at, lamp, metal, open_, ambient, lights: Lamps, scene, floor) -> Tensor: # float32[3,M]
+def gloss(out, base, view, n, lamp, metal, open_, ambient, lights: Lamps, scene, floor) -> Tensor: # float32[3,M]
     "Highlights, and what metal mirrors: the backdrop above, the floor below."
     facing = -(view * n).sum(0)
     r = view + 2 * facing * n
@@ -156,12 +163,12 @@ def gloss(out, base, view, n, at, lamp, metal, open_, ambient, lights: Lamps, sc
     # a dark band at the horizon and a bright one above make metal read as metal
     up = r[2]
     panel = ((up - .35) * 3).clamp(0, 1) * (1 - ((up - .8) * 4).clamp(0, 1) * .5)
-    room = torch.where(up > 0, backdrop(lights, scene, up) * (.3 + .9 * panel), floor * ambient * 1.6 * (1 - .55 * (-up).clamp(0, 1)))
+    room = torch.where(up > 0, backdrop(lights, scene, up) * (.3 + .9 * panel), take(floor, scene) * ambient * 1.6 * (1 - .55 * (-up).clamp(0, 1)))
     edge = (1 - facing.clamp(0, 1)) ** 5
     mirror = room * (base * .95 + (1 - base) * (.04 + .5 * edge)) * (.35 + .65 * open_)
     return torch.where(metal, .32 * out + mirror + shine * (.35 + .65 * base), out + shine + edge * .08 * room)
 
-# %% ../../nbs/api/scenes_render.ipynb #e281c2a3
+# %% ../../nbs/api/scenes_render.ipynb #6b582d3d
 _spots = ((-.125, -.375), (.375, -.125), (-.375, .125), (.125, .375)) # rotated grid
 
 def border(surface: Tensor) -> Tensor: # bool[B,H,W]
@@ -178,37 +185,37 @@ def antialias(packed: Packed, seen: Cast, light: Tensor, size_hw) -> Tensor: # f
     (H, W), device, B = size_hw, light.device, packed.size
     surface = torch.where(seen.solid >= 0, (seen.solid << 3) | seen.face, seen.solid)
     edge = border(surface).view(-1)
-    where = edge.nonzero()[:, 0]
+    where = found(edge)
     E = len(where)
     slot = torch.zeros_like(edge, dtype=torch.int64); slot[where] = torch.arange(E, device=device)
     key = torch.full((4, E), torch.iinfo(torch.int64).max, device=device)
     for kind in range(len(TYPES)):
-        for solid, x, y, pixel in pairs((packed.kind == kind).nonzero()[:, 0], seen.boxes, packed.scene, size_hw, device):
-            i = edge[pixel].nonzero()[:, 0]
-            solid, x, y, at = solid[i], x[i].float() + (.5 - W / 2), (H / 2 - .5) - y[i].float(), slot[pixel[i]]
+        for solid, x, y, pixel in pairs(found(packed.kind == kind), seen.boxes, packed.scene, size_hw, device):
+            i = found(take(edge, pixel))
+            solid, x, y, at = take(solid, i), take(x, i) + (.5 - W / 2), (H / 2 - .5) - take(y, i), take(slot, take(pixel, i))
             for k, (dx, dy) in enumerate(_spots):
                 t, face = meet(kind, seen.table, solid, x + dx, y - dy)
-                got = t.isfinite().nonzero()[:, 0]
-                key[k].scatter_reduce_(0, at[got], join(t[got], solid[got], face[got]), "amin")
+                got = found(t.isfinite())
+                key[k].scatter_reduce_(0, take(at, got), join(take(t, got), take(solid, got), take(face, got)), "amin")
     u, v, axes = view_rays(packed, size_hw, device)
     k = pixel_scale(packed, size_hw).to(device, torch.float32).view(-1, 1, 1)
     b, y, x = where // (H * W), where // W % H, where % W
     flat = light.transpose(0, 1).reshape(3, -1)
-    total = flat[:, where]
+    total = take(flat, where)
     padded = torch.nn.functional.pad(surface, (1, 1, 1, 1), value=-9)
     around = torch.stack([padded[b, y + dy, x + dx] for dy in (1, 0, 2) for dx in (1, 0, 2)]) # the pixel itself first
     order = torch.tensor([(dy - 1) * W + dx - 1 for dy in (1, 0, 2) for dx in (1, 0, 2)], device=device)
     for i, (dx, dy) in enumerate(_spots):
-        _, solid, face = split(key[i], ground_depth(packed, u + dx * k, v - dy * k, axes).view(-1)[where])
+        _, solid, face = split(key[i], take(ground_depth(packed, u + dx * k, v - dy * k, axes).view(-1), where))
         wanted = torch.where(solid >= 0, (solid << 3) | face, solid)
         same = around == wanted
         pick = where + torch.where(same.any(0), order[same.int().argmax(0)], 0) # a surface that no neighbour's centre sees: keep the pixel's own
-        total = total + flat[:, pick]
+        total = total + take(flat, pick)
     flat = flat.clone()
     flat[:, where] = total / 5
     return flat.view(3, B, H, W).transpose(0, 1)
 
-# %% ../../nbs/api/scenes_render.ipynb #ded85b73
+# %% ../../nbs/api/scenes_render.ipynb #d524bca1
 @dataclass(frozen=True)
 class RenderedBatch:
     "Pictures and masks of B scenes; O objects and Q parts are counted over the batch, in the scenes' order."
@@ -232,9 +239,9 @@ class RenderedBatch:
 def measure(packed: Packed, seen: Cast, size_hw) -> dict: # the facts' tensors
     "Visible pixels, centroids, boxes and depths of all objects; visible pixels of all parts."
     (H, W), device, O, Q = size_hw, seen.t.device, len(packed.object_id), len(packed.part_owner)
-    i = (seen.solid >= 0).view(-1).nonzero()[:, 0]
-    solid = seen.solid.view(-1)[i]
-    owner, part = packed.owner.to(device)[solid], packed.part.to(device)[solid]
+    i = found((seen.solid >= 0).view(-1))
+    solid = take(seen.solid.view(-1), i)
+    owner, part = take(packed.owner.to(device), solid), take(packed.part.to(device), solid)
     x, y = i % W, i // W % H
     total = lambda index, values, n: torch.zeros(n, dtype=values.dtype, device=device).index_add_(0, index, values)
     count = total(owner, torch.ones_like(owner), O)
@@ -258,8 +265,8 @@ def render_packed(
         light = 1 - torch.exp(-1.25 * shade(packed, seen, size_hw)) # a film's shoulder: nothing burns out
         if smooth: light = antialias(packed, seen, light, size_hw)
         image = (srgb(light.clamp(0, 1)) * 255 + .5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        none, some = seen.solid < 0, seen.solid.clamp(min=0)
-        pick = lambda table: torch.where(none, -1, table.to(device)[some] if len(table) else -1).to(torch.int16)
+        none, some = seen.solid < 0, seen.solid.clamp(min=0).view(-1)
+        pick = lambda table: torch.where(none, -1, take(table.to(device, torch.int16), some).view_as(none) if len(table) else -1)
         return RenderedBatch(image, pick(packed.object_id[packed.owner]), pick(packed.part_index[packed.part]), seen.t, **measure(packed, seen, size_hw))
 
 # %% ../../nbs/api/scenes_render.ipynb #a1ab3287

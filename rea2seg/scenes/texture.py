@@ -60,7 +60,7 @@ def noise(at: Tensor, size: float) -> Tensor: # float[M] in [0, 1]
     grid = (turns - turns.floor()) * 2 - 1
     return F.grid_sample(blobs(str(at.device)), grid.T.reshape(1, 1, 1, -1, 3).float(), align_corners=True).view(-1).to(at.dtype)
 
-# %% ../../nbs/api/scenes_texture.ipynb #b7c63c62
+# %% ../../nbs/api/scenes_texture.ipynb #3b15813f
 def wave(c: Tensor, period: float) -> Tensor:
     "Signed distance to the edges of a square wave along `c`, positive on one half of each period."
     return ((c / period - (c / period).floor() - .5).abs() * 2 - .5) * (period / 2)
@@ -81,9 +81,8 @@ def paint(
     other = second(colour)
     if texture == "stripes": share = cover(wave(.75 * x + .2 * y + .63 * z, .34), footprint)
     elif texture == "checker":
-        flat = normal.abs() >= normal.abs().amax(0) # across the surface an edge would smear: keep the sign alone
-        d = wave(at + .09, .5)
-        share = .5 + .5 * torch.where(flat, d.sign(), (2 * d / footprint).clamp(-1, 1)).prod(0)
+        flat = normal.abs() >= normal.abs().amax(0) # across the surface an edge would smear: each side takes one sign
+        share = .5 + .5 * torch.where(flat, normal.sign(), (2 * wave(at + .09, .5) / footprint).clamp(-1, 1)).prod(0)
     elif texture == "dots":
         axis = normal.abs().argmax(0)
         a, b = torch.where(axis == 0, y, x), torch.where(axis == 2, y, z)
@@ -101,7 +100,7 @@ def paint(
     else: raise ValueError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}")
     return colour * share + other * (1 - share)
 
-# %% ../../nbs/api/scenes_texture.ipynb #d36b55d0
+# %% ../../nbs/api/scenes_texture.ipynb #f7ef62ee
 CELL = .8 # width of a letter's cell over its height
 
 @functools.lru_cache
@@ -130,8 +129,8 @@ def letters(
     count: Tensor,         # int64[M] number of letters
     text: Tensor,          # int64[3,M] indices into `LETTERS`
     footprint: Tensor,     # float[M]
-) -> Tensor: # float[M] in [0, 1]
-    "Share of ink at points of a labelled face; the text is as large as the face allows."
+) -> tuple[Tensor, Tensor]: # share of the plate float[M], share of the ink float[M], in [0, 1]
+    "Plate and ink of the text on a labelled face; the text is as large as the face allows."
     tall = torch.minimum(2 * half_high, 2 * half_wide / (CELL * count))
     across = u / (tall * CELL) + count / 2
     column = across.floor().long()
@@ -139,4 +138,5 @@ def letters(
     letter = text.gather(0, column.clamp(0, 2)[None])[0]
     grid = torch.stack([(across - column) * 2 - 1, -2 * v / tall, letter.to(u.dtype) * 2 / (len(LETTERS) - 1) - 1], -1)
     d = F.grid_sample(letter_distances(str(u.device)), grid.view(1, 1, 1, -1, 3).float(), align_corners=True).view(-1).to(u.dtype)
-    return torch.where(inside, cover(d * tall, footprint), 0.)
+    plate = cover(torch.minimum(tall * (CELL / 2 * count + .06) - u.abs(), tall * .56 - v.abs()), footprint)
+    return plate, torch.where(inside, cover(d * tall, footprint), 0.)
