@@ -108,24 +108,24 @@ def llm_size(
     scale = target / max(size_hw)
     return max(1, int(size_hw[0] * scale)), max(1, int(size_hw[1] * scale))
 
-# %% ../nbs/api/lens_prompt.ipynb #4785e172
+# %% ../nbs/api/lens_prompt.ipynb #f82485e8
 class LensPictures:
     "Pictures as Qwen's vision tower reads them: flattened patches and their grid."
     _keys = ("size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor", "resample")
     def __init__(self,
-        folder: str | Path,
-        vision,              # the vision tower's configuration
+        own: dict,                     # preprocessor_config.json
+        vision,                        # the vision tower's configuration
         target: int | list[int] = 640, # see `llm_size`
+        where: str | Path = "the checkpoint", # for messages
     ):
-        own = read_json(Path(folder), "preprocessor_config.json", required=False)
         need = dict(patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size)
         if wrong := [f"{k} {own[k]} for {v}" for k, v in need.items() if own.get(k, v) != v]:
-            raise CheckpointError(f"{folder}: preprocessor_config.json does not fit config.json: {', '.join(wrong)}")
+            raise CheckpointError(f"{where}: preprocessor_config.json does not fit config.json: {', '.join(wrong)}")
         if not (isinstance(target, int) and target > 0 or isinstance(target, (list, tuple)) and len(target) == 2 and all(isinstance(n, int) and n > 0 for n in target)):
-            raise CheckpointError(f"{folder}: llm_size in rea2seg.json must be a number of pixels or [height, width], got {target!r}")
+            raise CheckpointError(f"{where}: llm_size in rea2seg.json must be a number of pixels or [height, width], got {target!r}")
         self.target, self.merge = target, need["merge_size"]
         try: self.qwen = Qwen2VLImageProcessorPil(**{k: own[k] for k in self._keys if own.get(k) is not None} | need)
-        except Exception as e: raise CheckpointError(f"{folder}: preprocessor_config.json cannot be used: {e}") from e
+        except Exception as e: raise CheckpointError(f"{where}: preprocessor_config.json cannot be used: {e}") from e
 
     def __call__(self,
         image: np.ndarray, # uint8[H,W,3]
