@@ -46,7 +46,7 @@ TEMPLATES = {
                       open="IoU: ", sep=" ", close="", turns=True),
 }
 
-# %% ../nbs/api/prompts.ipynb #ac211696
+# %% ../nbs/api/prompts.ipynb #eddee1fd
 class Control(NamedTuple):
     "A control token, by name."
     token: str
@@ -76,12 +76,12 @@ def stages(template: Template, question: str, n: int, place: str, reasoning: boo
     _, each, after = _places(place)
     asked = template.question.format(question=question) + "\n"
     shown = lambda i: [f"Image-{i + 1}: ", Picture(i), "\n" + (asked if each else "")]
-    ask = lambda k: (template.think if reasoning else template.ask).format(n=k, line=template.line(["0.00"] * k))
+    ask = lambda k, first=True: (template.think if reasoning and first else template.ask).format(n=k, line=template.line(["0.00"] * k))
     answer = [END, "\n", START, "assistant\n"]
     if not template.turns:
         return [Stage([p for i in range(1, n + 1) for p in shown(i)] + [(asked if after else "") + ask(n)] + answer, n)] if n else []
     turn = [END, "\n", START, "user\n"]
-    return [Stage((turn if i > 1 else []) + shown(i) + [(asked if after else "") + ask(1)] + answer, 1) for i in range(1, n + 1)]
+    return [Stage((turn if i > 1 else []) + shown(i) + [(asked if after else "") + ask(1, i == 1)] + answer, 1) for i in range(1, n + 1)]
 
 def rendered(parts: list) -> str:
     "Readable text of some parts, pictures as `<image>`."

@@ -62,8 +62,8 @@ def load_section(
     if any(f.name == "profile" for f in fields(cls)): values["profile"] = section
     return cls(**values)
 
-# %% ../nbs/api/settings.ipynb #a57a5c21
-_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"),
+# %% ../nbs/api/settings.ipynb #fb07a8f8
+_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"), prompt=("full", "brief", "turns"),
                 evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
 _fractions = ("predicted_iou", "stability", "box_nms_iou")
 _positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")
@@ -79,7 +79,7 @@ def _check(self: "Settings"):
     if self.kept_tokens > self.top_tokens: raise SettingsError(f"kept_tokens (k2 = {self.kept_tokens}) exceeds top_tokens (k1 = {self.top_tokens})")
     if self.last_layer < self.first_layer: raise SettingsError(f"last_layer {self.last_layer} comes before first_layer {self.first_layer}")
 
-# %% ../nbs/api/settings.ipynb #4eb18f6b
+# %% ../nbs/api/settings.ipynb #8c44cf3f
 @dataclass(frozen=True)
 class Settings:
     "The numbers of one profile (section 5.1, appendix B); `Settings.load('lens')`."
@@ -115,6 +115,7 @@ class Settings:
     group_size: int             # s
     mask_view: str              # binary | overlay | cutout
     question_place: str         # before | after | repeated
+    prompt: str                 # full | brief | turns, a template of `rea2seg.prompts`
     chain_of_thought: bool
     max_reasoning_tokens: int
     scoring: str                # text | expected
