@@ -96,7 +96,7 @@ def truncate_log(path: Path, step: int):
     lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
     tmp = path.with_suffix(".tmp"); tmp.write_text("".join(line + "\n" for line in lines)); os.replace(tmp, path)
 
-# %% ../../nbs/api/train_loop.ipynb #10917dc3
+# %% ../../nbs/api/train_loop.ipynb #d6386a5e
 def fit(
     model: nn.Module,                 # forward(batch, step) -> loss, {name: number}
     batch_at: Callable[[int, int, int], Any], # (micro-step, rank, world) -> this process' part of the batch
@@ -133,9 +133,11 @@ def fit(
     bar = tqdm(total=settings.steps, initial=step, desc=folder.name, disable=not (progress and accelerator.is_main_process), mininterval=2)
     history, model_ = [], accelerator.unwrap_model(model)
     model.train()
+    norm = torch.tensor(0.0)
     while step < settings.steps:
         totals: dict[str, float] = {}
         for micro in range(settings.accumulation):
+            model_.progress = progress_of(step) / settings.steps
             batch = batch_at(step * settings.accumulation + micro, rank, world)
             with accelerator.accumulate(model):
                 loss, extra = model(batch, step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONE', 'SamTraining', 'SamShape', 'new_sam', 'masks_of', 'part_pixels', 'one_hot_rows', 'object_rows',
-           'sample_pixels', 'position_grid', 'region_tokens', 'mask_losses', 'soft_ious', 'SamTrainee']
+           'sample_pixels', 'position_grid', 'region_tokens', 'mask_losses', 'soft_ious', 'sam_pixels', 'SamTrainee']
 
 # %% ../../nbs/api/train_sam.ipynb #b0397116
 from dataclasses import dataclass
@@ -130,26 +130,25 @@ def soft_ious(masks: Tensor, targets: Tensor) -> Tensor: # float[...,M,E]
     union = masks.sum(-1)[..., None] + targets.sum(-1)[..., None, :] - inter
     return inter / union.clamp(min=1e-6)
 
-# %% ../../nbs/api/train_sam.ipynb #01d1aff4
+# %% ../../nbs/api/train_sam.ipynb #07969359
+def sam_pixels(image: Tensor, side: int) -> Tensor: # float[B,3,side,side]
+    "SAM's input for pictures uint8[B,H,W,3], as `Sam2.prepare` makes it for one, on whatever device they are."
+    x = F.interpolate(image.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", align_corners=False)
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
 class SamTrainee(nn.Module):
     "Promptable training of a SAM 2 on index maps; `forward(batch, step)` with image uint8[B,H,W,3], part_map uint8[B,H,W], part_object int16[B,256], seed int."
     def __init__(self, sam: Sam2, settings: SamTraining):
         super().__init__()
         self.sam, self.settings = sam, settings
 
-    def pixels(self, image: Tensor) -> Tensor: # float[B,3,side,side]
-        "Stretched and normalised, as `Sam2.prepare` does for one picture."
-        x = image.permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, (self.sam.side,) * 2, mode="bilinear", align_corners=False)
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-        return (x - mean) / std
-
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]:
         s, device = self.settings, self.sam.device
         image, part_map = batch["image"].to(device), batch["part_map"].to(device).long()
         owner = batch["part_object"].to(device).long()
         g = torch.Generator(device).manual_seed(int(batch["seed"]))
-        features, high_res = self.sam.features(self.pixels(image))
+        features, high_res = self.sam.features(sam_pixels(image, self.sam.side))
         scene = _Scene(part_map, owner, s.min_pixels, self.sam.mask_side)
         plain = step < s.plain_steps
         losses, log = [], {}
