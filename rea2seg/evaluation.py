@@ -6,7 +6,7 @@
 __all__ = ['Answer', 'answers', 'record_of', 'score_samples', 'evaluate', 'add_arguments', 'reader_options', 'parse_shard',
            'format_summary', 'run']
 
-# %% ../nbs/api/evaluation.ipynb #3a4ad2bd
+# %% ../nbs/api/evaluation.ipynb #11fab9bb
 import argparse
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .data.sources import load_samples
 from .metrics import CONVENTIONS, Convention, MetricSettings, boundary_ious, count_pixels, iou_of
 from .provenance import commit, machine, now, versions, weight_hashes
 from .records import CandidateSet
-from .results import Parts, RunError, RunSettings, choose, make_record, rows_table, summarise, write_atomically, write_json
+from .results import Parts, RunError, RunSettings, choose, make_record, row_names, rows_table, summarise, write_atomically, write_json
 
 # %% ../nbs/api/evaluation.ipynb #f64a69c1
 @dataclass
@@ -110,7 +110,7 @@ def score_samples(model, samples: Iterable[Sample], parts: Parts, log: ProblemLo
         if pending: raise RunError(f"the model failed on every sample, first {pending[0]['name']}: {pending[0]['failed']}")
     finally: parts.flush(problems())
 
-# %% ../nbs/api/evaluation.ipynb #209c8cc7
+# %% ../nbs/api/evaluation.ipynb #0715955c
 def evaluate(
     model,                            # a `Rea2Seg`, or anything with ground, discover and score
     samples: Iterable[Sample],        # a `Reader`, or any iterable of samples
@@ -131,8 +131,7 @@ def evaluate(
     convention = convention if isinstance(convention, Convention) else Convention.load(convention)
     settings, start, started = MetricSettings.load(), time.perf_counter(), now()
     k = k or settings.top_k
-    known_rows = choose({"candidates": []}, convention, settings, seed, k)
-    if rows and (unknown := set(rows) - set(known_rows)): raise RunError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(known_rows)}") # now, not after hours
+    if rows and (unknown := set(rows) - set(row_names(k))): raise RunError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(row_names(k))}") # now, not after hours
     n = len(samples) if hasattr(samples, "__len__") else None
     data = {"spec": getattr(samples, "source", type(samples).__name__), **(data or {}), "items": n}
     profile = model.settings.to_dict() if hasattr(getattr(model, "settings", None), "to_dict") else {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_labels', 'read_mask_picture', 'draw_shapes', 'fill_polygons', 'decode_mask']
 
-# %% ../../nbs/api/data_decode.ipynb #d7bae843
+# %% ../../nbs/api/data_decode.ipynb #880015fc
 import io
 import json
 from pathlib import Path
@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from ..images import FORMATS
 from ..masks import from_rle
 
-# %% ../../nbs/api/data_decode.ipynb #cf48eb3b
+# %% ../../nbs/api/data_decode.ipynb #1b933caf
 def split_labels(
     labels: np.ndarray, # bool or integer[H,W]
 ) -> tuple[np.ndarray, np.ndarray | None]: # target bool[H,W], ignore bool[H,W] or None
@@ -35,8 +36,9 @@ def split_labels(
 def read_mask_picture(source: Path | bytes) -> tuple[np.ndarray, np.ndarray | None]:
     "Mask and ignored pixels of a PNG file or its content; palette pictures count by index, as in VOC."
     if isinstance(source, Path) and not source.is_file(): raise FileNotFoundError(f"there is no mask {source}")
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-        pixels = np.asarray(picture)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture: pixels = np.asarray(picture)
+    except Exception as e: raise ValueError(f"the mask picture is damaged: {type(e).__name__}: {e}") from e # Pillow raises a dozen kinds
     if pixels.ndim == 3:
         colour, alpha = (pixels[..., :-1], pixels[..., -1]) if pixels.shape[2] in (2, 4) else (pixels, None)
         if (colour != colour[..., :1]).any(): raise ValueError("a mask picture must be grey, got colours")
@@ -72,7 +74,7 @@ def fill_polygons(polygons: list[list[float]], size_hw: tuple[int, int]) -> np.n
     if not polygons: return np.zeros(size_hw, bool)
     return coco.decode(coco.merge(coco.frPyObjects([[float(v) for v in p] for p in polygons], *map(int, size_hw)))).astype(bool)
 
-# %% ../../nbs/api/data_decode.ipynb #a2f8c9a6
+# %% ../../nbs/api/data_decode.ipynb #c8e3bebe
 def _is_pixels(v) -> bool: # nested lists [H][W] of truth values, and not polygons
     rows = v if isinstance(v, np.ndarray) else [np.asarray(row) for row in v]
     return len(rows) > 0 and all(getattr(r, "ndim", 0) == 1 and len(r) == len(rows[0]) for r in rows) and len(rows[0]) > 0
@@ -99,7 +101,7 @@ def decode_mask(
         if v.get("bytes"): return read_mask_picture(bytes(v["bytes"]))
         if v.get("path"): return read_mask_picture((folder or Path()) / v["path"])
         raise ValueError(f"a mask struct needs size and counts, bytes or path, got the keys {', '.join(map(str, v))}")
-    if isinstance(v, np.ndarray) and v.dtype != object and v.ndim == 2: return split_labels(v)
+    if isinstance(v, np.ndarray) and v.ndim == 2 and (v.dtype == bool or size_hw is None or v.shape == tuple(size_hw)): return split_labels(v)
     if isinstance(v, (list, tuple, np.ndarray)): return _decode_list(list(v), size_hw, folder)
     raise ValueError(f"a mask cannot be a {type(v).__name__}")
 

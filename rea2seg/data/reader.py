@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBLEM_KINDS', 'DataError', 'Problem', 'ProblemLog', 'Reader', 'picture_size', 'build_sample']
 
-# %% ../../nbs/api/data_reader.ipynb #eb1b0d79
+# %% ../../nbs/api/data_reader.ipynb #cd0c69b4
 import io
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .samples import Sample, SampleError
-from ..images import ImageError
+from ..images import FORMATS, ImageError
 from ..masks import to_rle
 
 # %% ../../nbs/api/data_reader.ipynb #737d063a
@@ -100,13 +100,13 @@ def _reason(name: str, e: Exception) -> str:
     text = f"no key {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
     return text.removeprefix(f"{name}: ")
 
-# %% ../../nbs/api/data_reader.ipynb #59dd0e00
+# %% ../../nbs/api/data_reader.ipynb #bf6b18cb
 def picture_size(source: Path | bytes | np.ndarray) -> tuple[int, int]: # (H, W) as `load_image` will give it
     "A picture's size from its header, EXIF rotation included."
     if isinstance(source, np.ndarray): return source.shape[:2]
     if isinstance(source, Path) and not source.is_file(): raise FileNotFoundError(f"there is no picture {source}")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
             W, H = picture.size
             return (W, H) if picture.getexif().get(0x0112, 1) >= 5 else (H, W)
     except Exception as e: raise ImageError(f"the picture cannot be opened: {e}") from e
