@@ -10,14 +10,14 @@ __all__ = ['Proposal', 'FAMILIES', 'PARTS', 'SCENE', 'EVERYTHING', 'family', 'fi
            'occluded', 'thin', 'part_of', 'by_letters', 'by_one_letter', 'tallest_of_related', 'near_the_largest',
            'by_count', 'by_frequency', 'by_purpose', 'plain_name', 'plain_set', 'plain_part', 'plain_order']
 
-# %% ../../nbs/api/scenes_families.ipynb #490d6c2f
+# %% ../../nbs/api/scenes_families.ipynb #2db0661b
 from collections.abc import Callable
 from itertools import combinations
 from random import Random
 
 from .language import ATTRIBUTE_NAMES, RELATION_WORDS, closeness, count_of, definite, it, part_noun, phrase, ranking
 from .programs import PURPOSES, Unclear, readable, run, texts
-from .view import ATTRIBUTES, SIDES, SIZES_THAN, SOLIDS, TOPOLOGY, View, members
+from .view import ATTRIBUTES, SIDES, SIZES_THAN, THIN, TOPOLOGY, View, members
 
 # %% ../../nbs/api/scenes_families.ipynb #dcf66faa
 Proposal = tuple            # program, template key, slots
@@ -240,7 +240,7 @@ def first_on_a_side(view, rng): # the fallback: only where the target is not the
     s, a, relation = filters([("kind", kind)]), found[0][1], rng.choice(("left", "right"))
     return ("the", ("nth", 1, "nearest", a, ("relate", relation, a, s))), "side", nouns(s) | {"rel": RELATION_WORDS[relation], "a": definite(a)}
 
-# %% ../../nbs/api/scenes_families.ipynb #7896e162
+# %% ../../nbs/api/scenes_families.ipynb #bafab656
 @family("discriminative", "camouflaged")
 def camouflaged(view, rng):
     hidden = view.camouflaged
@@ -263,7 +263,17 @@ def occluded(view, rng):
     return ("the", ("relate", "covered", found[1], s)), "occluded", nouns(s) | {"a": definite(found[1])}
 
 @family("discriminative", "thin")
-def thin(view, rng): return ("the", ("thin", SCENE)), "thin", {}
+def thin(view, rng):
+    (_, s), slots = view.sets["scene"], {"t": "thin object", "ts": "thin objects"}
+    slender = s & view.bits(lambda i: view.objects[i].kind in THIN)
+    if slender.bit_count() < 2: return ("the", ("thin", SCENE)), "thin", {}
+    if rng.random() < .4: return ("all", ("thin", SCENE)), "thin all", {}
+    if not (found := anchor(view, rng, ~slender)): return None
+    if rng.random() < .5:
+        end = rng.choice(("nearest", "farthest"))
+        return ("the", ("nth", 1, end, found[1], ("thin", SCENE))), "nth", slots | {"a": definite(found[1]), "close": closeness(1, end)}
+    relation = rng.choice(SIDES)
+    return ("the", ("relate", relation, found[1], ("thin", SCENE))), "position", slots | {"rel": RELATION_WORDS[relation], "a": definite(found[1])}
 
 # %% ../../nbs/api/scenes_families.ipynb #00a5ee78
 def _condition(view, rng, s, mine: int): # mine: sure members of s -> set program, how it reads

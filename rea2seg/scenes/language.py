@@ -91,7 +91,7 @@ def definite(program) -> str:
     "`the red cube`, for a program that names one object."
     return "the " + phrase(program[1])
 
-# %% ../../nbs/api/scenes_language.ipynb #093ad5b8
+# %% ../../nbs/api/scenes_language.ipynb #4a63cdb9
 TEMPLATES = {
   "same": ("Which {t} has the same {attr} as {a}?", "Find the {t} that shares its {attr} with {a}.", "What {t} matches {a} in {attr}?",
            "Segment the {t} that is of the same {attr} as {a}.", "Look at {a}. Which {t} has the same {attr}?", "~Point out the {t} whose {attr} equals that of {a}."),
@@ -129,6 +129,8 @@ TEMPLATES = {
                "Something is hidden behind {a}. Which {t} is it?", "~Point out the {t} that only peeps out from behind {a}."),
   "thin": ("Which thin object does not belong in the picture and was added later?", "Segment the thin object among the solid ones.",
            "Find the object that is made of thin bars or wire.", "Which object does not fit because it is so thin?", "~Point out the thin object that seems out of place."),
+  "thin all": ("Segment all thin objects in the picture.", "Which objects are made of thin bars or wire?", "Find every object that is thin.",
+               "Several thin objects do not belong here. Where are they?", "~Point out all thin objects that seem out of place."),
   "part": ("Which {part} {belongs} to {x}?", "Segment the {part} of {x}.", "Find {x} and mark its {part}.", "Look at {x}. Where {be} its {part}?",
            "~Point out the {part} that {x} has."),
   "part all": ("Which {part} belong to the {xs}?", "Segment the {part} of all {xs}.", "Find all {xs} and mark their {part}.",

@@ -122,7 +122,7 @@ class View:
 
     def ids_of(self, bits: int) -> tuple[int, ...]: return tuple(self.ids[i] for i in members(bits))
 
-# %% ../../nbs/api/scenes_view.ipynb #b9c8e37e
+# %% ../../nbs/api/scenes_view.ipynb #5e9561b5
 def _measure(self: View):
     "Places and lengths: image centroids, ground depth, middle points, heights, bulks, and the distances between all pairs."
     cam, n = self.scene.camera, self.n
@@ -145,9 +145,9 @@ View._measure = _measure
 def _words(self: View):
     "Three-valued masks of every word, and the sets that the questions start from."
     r, everyone = self.rules, range(self.n)
-    ground = self.scene.ground_texture
+    ground, paint = self.scene.ground_texture, self.scene.ground_colour
     glimpsed = self.bits(lambda i: self.px[i] > 0)
-    self.camouflaged = self.bits(lambda i: ground is not None and self.objects[i].texture == ground) & glimpsed
+    self.camouflaged = self.bits(lambda i: ground is not None and (self.objects[i].texture, self.objects[i].colour) == (ground, paint)) & glimpsed
     self.clear = self.bits(lambda i: self.px[i] >= r.seen_px and self.fraction[i] >= r.seen_fraction)
     self.sets = {"scene": (self.clear & ~self.camouflaged, glimpsed)}
     words = self.words = {a: {} for a in ATTRIBUTES}
