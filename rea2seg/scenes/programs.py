@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from .graph import COLOURS, KINDS, MATERIALS, SHADES, SIZES, TEXTURES
 from .view import ATTRIBUTES, RELATIONS, THIN, View, members
 
-# %% ../../nbs/api/scenes_programs.ipynb #451a5907
+# %% ../../nbs/api/scenes_programs.ipynb #5ba8f6ca
 PURPOSES = {"drink": ("mug",), "light": ("lamp",), "table": ("table",), "lift": ("dumbbell",), "lick": ("lollipop",), "melt": ("snowman",),
             "toy": ("doll",), "read": ("signboard",), "climb": ("ladder",), "eat": ("fork",), "store": ("crate",), "carry": ("tray",)}
 ORDERS = ("left", "right", "front", "back", "largest", "smallest", "tallest", "shortest")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORDS = {"kind": KINDS, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES, "texture": TEXTURES}
 SIGNATURES = {"scene": (), "everything": (), "filter": ("attribute", "word", "set"), "with": ("part", "paint", "set"), "purpose": ("use", "set"),
               "letter": ("place", "character", "set"), "same": ("attribute", "one", "set"), "relate": ("relation", "one", "set"),
@@ -163,7 +163,7 @@ def closer(v, a, b, s):
     beats = lambda p, q, i: v.far[i][p] * r < v.far[i][q] and v.far_xy[i][p] < v.far_xy[i][q]
     return sure & v.bits(lambda i: beats(a, b, i)), maybe & ~v.bits(lambda i: beats(b, a, i))
 
-# %% ../../nbs/api/scenes_programs.ipynb #291c7efe
+# %% ../../nbs/api/scenes_programs.ipynb #0e071f2a
 def _counts(v: View, relation: str, s) -> tuple[list[int], list[int]]:
     sure, maybe = run(v, s)
     found = [v.relate(relation, i) for i in range(v.n)]
@@ -213,8 +213,9 @@ def letters(v, quantity, s):
     sure, maybe = run(v, s)
     t, ok, sign = texts(v), readable(v), 1 if quantity == "most" else -1
     written = v.bits(lambda i: t[i] is not None)
-    low = [sign * len(t[i] or "") if ok >> i & 1 else -99 for i in range(v.n)]
-    high = [sign * len(t[i] or "") if ok >> i & 1 else 99 for i in range(v.n)]
+    count = [sum(map(str.isalpha, text or "")) for text in t]
+    low = [sign * count[i] if ok >> i & 1 else -99 for i in range(v.n)]
+    high = [sign * count[i] if ok >> i & 1 else 99 for i in range(v.n)]
     return pick(1, beaten(v, low, high), (sure & written & ok, maybe & written))
 @operation
 def letter(v, place, character, s):

@@ -60,7 +60,7 @@ def noise(at: Tensor, size: float) -> Tensor: # float[M] in [0, 1]
     grid = (turns - turns.floor()) * 2 - 1
     return F.grid_sample(blobs(str(at.device)), grid.T.reshape(1, 1, 1, -1, 3).float(), align_corners=True).view(-1).to(at.dtype)
 
-# %% ../../nbs/api/scenes_texture.ipynb #3b15813f
+# %% ../../nbs/api/scenes_texture.ipynb #d3d978e1
 def wave(c: Tensor, period: float) -> Tensor:
     "Signed distance to the edges of a square wave along `c`, positive on one half of each period."
     return ((c / period - (c / period).floor() - .5).abs() * 2 - .5) * (period / 2)
@@ -96,7 +96,7 @@ def paint(
     elif texture == "speckle":
         fade = (1.5 - footprint / .06).clamp(0, 1)
         n = (noise(at, .075) - .5) * fade
-        return (colour * (1 + 1.5 * n) + .12 * n).clamp(min=0)
+        return (colour * (1 + 1.2 * n) + .06 * n).clamp(min=0)
     else: raise ValueError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}")
     return colour * share + other * (1 - share)
 

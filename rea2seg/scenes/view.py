@@ -19,7 +19,7 @@ from .objects import THIN_KINDS as THIN
 from .objects import euler
 from ..settings import load_section
 
-# %% ../../nbs/api/scenes_view.ipynb #8a967bf1
+# %% ../../nbs/api/scenes_view.ipynb #b86bd984
 @dataclass(frozen=True)
 class Rules:
     "What a person can see and tell apart: the margins of `[world.questions]`."
@@ -27,6 +27,7 @@ class Rules:
     seen_fraction: float      # ... and with this share of it in view
     target_px: float          # an answer has at least so many visible pixels
     target_fraction: float    # ... and this share in view
+    set_most: int             # members of a set as one mask
     part_px: float            # an answer that is a part
     anchor_px: float          # an object that a spatial question refers to
     anchor_fraction: float
