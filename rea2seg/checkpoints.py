@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/api/checkpoints.ipynb #1c88e8b2
+# %% ../nbs/api/checkpoints.ipynb #669b9338
 class CheckpointError(ValueError):
     "A checkpoint cannot be found, read or used; the message names the file or the keys."
 
@@ -54,8 +54,8 @@ def resolve(
         if inside not in have: raise CheckpointError(f"the package has no weights called {inside!r}; it has {', '.join(have) or 'none'}")
         return home / inside
     path = Path(text).expanduser()
-    if path.is_dir(): return path
-    if path.exists(): raise CheckpointError(f"{path} is a file; a checkpoint is a folder")
+    if text and path.is_dir(): return path
+    if text and path.exists(): raise CheckpointError(f"{path} is a file; a checkpoint is a folder")
     if isinstance(name, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         raise CheckpointError(f"{text!r} is neither a folder, nor embedded:NAME, nor a hub id owner/name")
     return _from_hub(text, patterns, revision)
