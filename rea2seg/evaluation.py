@@ -75,7 +75,7 @@ def record_of(
                        scores=None if answer.scores is None else answer.scores.tolist(), ranking=None if answer.scores is None else (answer.scores + prior * agreement).tolist(),
                        **{f"seconds_{s}": t for s, t in answer.seconds.items()})
 
-# %% ../nbs/api/evaluation.ipynb #ed60c108
+# %% ../nbs/api/evaluation.ipynb #25e0c7eb
 def _stream(samples: Iterable[Sample], done: set[str], shard: tuple[int, int]) -> Iterator[Sample]:
     "Samples of this shard that are not done; a reader skips without reading."
     if isinstance(samples, Reader): yield from samples.stream(done, shard); return
@@ -90,7 +90,7 @@ def score_samples(model, samples: Iterable[Sample], parts: Parts, log: ProblemLo
     try:
         for sample in _stream(samples, done, parts.shard):
             try:
-                if sample.name in seen: raise SampleError(sample.name, "the name stands twice in the data", "layout")
+                if sample.name in seen: raise SampleError(f"{sample.name} (again)", "the name stands twice in the data", "layout")
                 seen.add(sample.name)
                 start = time.perf_counter()
                 image, truth, ignore = sample.load_image(), sample.load_mask(), sample.load_ignore()
@@ -110,7 +110,7 @@ def score_samples(model, samples: Iterable[Sample], parts: Parts, log: ProblemLo
         if pending: raise RunError(f"the model failed on every sample, first {pending[0]['name']}: {pending[0]['failed']}")
     finally: parts.flush(problems())
 
-# %% ../nbs/api/evaluation.ipynb #0715955c
+# %% ../nbs/api/evaluation.ipynb #3e95a093
 def evaluate(
     model,                            # a `Rea2Seg`, or anything with ground, discover and score
     samples: Iterable[Sample],        # a `Reader`, or any iterable of samples
@@ -157,7 +157,7 @@ def evaluate(
         json_path = Path(json_path or parts.folder / "summary.json")
         write_atomically(json_path.with_suffix(".parquet"), lambda p: pq.write_table(rows_table(records, convention, settings, seed, k), p, compression="zstd"))
         write_json(json_path, summary)
-        return summary
+        return json.loads(json_path.read_text(encoding="utf-8")) # what a later reader of the file gets
     finally: parts.close()
 
 # %% ../nbs/api/evaluation.ipynb #8af1a84b

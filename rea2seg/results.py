@@ -6,12 +6,12 @@
 __all__ = ['SCHEMA', 'RunSettings', 'RunError', 'write_atomically', 'write_json', 'Parts', 'merge_problems', 'row_names',
            'make_record', 'draw', 'choose', 'summarise', 'rows_table', 'compare_runs']
 
-# %% ../nbs/api/results.ipynb #9eeff854
+# %% ../nbs/api/results.ipynb #016357f6
 import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def choose(record: dict, convention: Convention, settings: MetricSettings, seed:
     with_prior = np.asarray(record["scores"]) + settings.prior_weight * np.asarray(record["agreement"])
     return rows | {"rea2seg": int(order[0]), f"top{k}": best_of(ious, order, k), "rea2seg+prior": best_of(with_prior)}
 
-# %% ../nbs/api/results.ipynb #747aa762
+# %% ../nbs/api/results.ipynb #81bd1343
 def summarise(
     records: list[dict],
     convention: Convention,
@@ -187,14 +187,15 @@ def summarise(
     total = lambda name: sum(len(r["candidates"] or ()) for r in records) if name is None else sum((r["sources"] or []).count(name) for r in records)
     sources = sorted({s for r in records for s in r["sources"] or ()})
     won = lambda row: {s: sum(p[row] >= 0 and r["sources"][p[row]] == s for r, p in zip(records, picks, strict=True)) for s in sources} if row in names else None
-    plain = lambda row, c: {m: score_set(counts[row], c, None, MetricSettings.load(bootstrap=1), seed)[m] for m in ("giou", "ciou")}
+    once = replace(settings, bootstrap=1) # the other conventions' numbers come without intervals
+    plain = lambda row, c: {m: v for m, v in score_set(counts[row], c, None, once, seed).items() if m in ("giou", "ciou")}
     return {
         "rows": {row: {c: score(row, at) for c, at in groups.items()} for row in names},
         "subtypes": {row: {c: score(row, at) for c, at in kinds.items()} for row in names},
         "boundary_iou": {row: {c: float(edges[row][at].mean()) for c, at in groups.items()} for row in names},
         "candidates": {"mean": total(None) / len(records), "by_source": {s: total(s) / len(records) for s in sources}, "picked": {r: won(r) for r in ("rea2seg", "oracle") if r in names},
                        "recall": {c: candidate_recall(best[at], settings.recall_ious) for c, at in groups.items()}},
-        "conventions": {name: {row: plain(row, Convention.load(name)) for row in names} for name in CONVENTIONS},
+        "conventions": {name: {row: plain(row, c) for row in names} for name in CONVENTIONS for c in [Convention.load(name)]},
         "seconds": {s: float(np.mean(v)) for s in ("load", "ground", "discover", "score") if (v := [r[f"seconds_{s}"] for r in records if r[f"seconds_{s}"] is not None])},
         "failed": sum(r["failed"] is not None for r in records),
     }
