@@ -103,7 +103,7 @@ def albedo(packed: Packed, points: Points, looks: Tensor, frames: Tensor, footpr
         painted[:, i] = under + ink * front * (torch.where(luminance(base) > .18, .012, .9) - under)
     return painted
 
-# %% ../../nbs/api/scenes_render.ipynb #c10b27ab
+# %% ../../nbs/api/scenes_render.ipynb #f260989e
 def backdrop(lights: Lamps, scene: Tensor, up: Tensor) -> Tensor: # float[3,M]
     "The backdrop in a direction with that vertical component, -1 to 1."
     h, z = (take(t.to(up).T.contiguous(), scene) for t in (lights.horizon, lights.zenith))
@@ -146,12 +146,12 @@ def shade(packed: Packed, seen: Cast, size_hw) -> Tensor: # float32[B,3,H,W] lin
     at_i = lambda v: take(v, i)
     floor = take(palette().T.to(device), packed.ground[:, 1].to(device))
     out[:, i] = gloss(at_i(out), at_i(base), at_i(points.ray / norm), at_i(n), [(at_i(d), at_i(c)) for d, c in lamp], take(looks[1], at_i(points.solid)) > 0,
-                      at_i(open_[2]), at_i(ambient), lights, at_i(s), floor)
+                      at_i(open_[2]), at_i(ambient), lights, at_i(s), floor, at_i(at) - take(table[9:12], at_i(points.solid)))
     sky = backdrop(lights, s, points.ray[2] / norm)
     haze = torch.where(seen.solid.view(-1) == SKY, 1., torch.where(seen.solid.view(-1) == GROUND, 1 - torch.exp(-(t / 45) ** 2), 0.))
     return (out + haze * (sky - out)).view(3, B, H, W).transpose(0, 1)
 
-def gloss(out, base, view, n, lamp, metal, open_, ambient, lights: Lamps, scene, floor) -> Tensor: # float32[3,M]
+def gloss(out, base, view, n, lamp, metal, open_, ambient, lights: Lamps, scene, floor, off) -> Tensor: # float32[3,M]
     "Highlights, and what metal mirrors: the backdrop above, the floor below."
     facing = -(view * n).sum(0)
     r = view + 2 * facing * n
@@ -160,13 +160,20 @@ def gloss(out, base, view, n, lamp, metal, open_, ambient, lights: Lamps, scene,
     for d, c in lamp:
         h = d - view
         shine += c * (weight * ((h * n).sum(0) / h.square().sum(0).sqrt()).clamp(min=1e-4) ** power)
-    # a dark band at the horizon and a bright one above make metal read as metal
+    # a dark wall behind the viewer, bright panels above it and windows around make metal read as metal, on flat faces too
+    # what is mirrored is not infinitely far: the point's offset from its solid's middle bends the ray, so that a flat face is no uniform patch
+    r = r + .9 * off
+    r = r / r.square().sum(0).sqrt()
     up = r[2]
-    panel = ((up - .35) * 3).clamp(0, 1) * (1 - ((up - .8) * 4).clamp(0, 1) * .5)
-    room = torch.where(up > 0, backdrop(lights, scene, up) * (.3 + .9 * panel), take(floor, scene) * ambient * 1.6 * (1 - .55 * (-up).clamp(0, 1)))
+    panel = ((up - .3) * 4).clamp(0, 1) * (1 - ((up - .8) * 4).clamp(0, 1) * .6)
+    window = ((r[0] * r[0] - r[1] * r[1]) * r[0] * 8).clamp(-1, 1) * .3 * (1 - up.abs())
+    above = backdrop(lights, scene, up) * (.22 + 1.05 * panel + window).clamp(min=.06)
+    below = take(floor, scene) * ambient * (1.9 * (1 + up.clamp(max=0)) ** 1.5 + window).clamp(min=.12)
+    mix = (up * 14 + .5).clamp(0, 1)
+    room = above * mix + below * (1 - mix)
     edge = (1 - facing.clamp(0, 1)) ** 5
-    mirror = room * (base * .95 + (1 - base) * (.04 + .5 * edge)) * (.35 + .65 * open_)
-    return torch.where(metal, .32 * out + mirror + shine * (.35 + .65 * base), out + shine + edge * .08 * room)
+    mirror = room * (base * 1.05 + (1 - base) * (.06 + .5 * edge)) * (.35 + .65 * open_)
+    return torch.where(metal, .16 * out + mirror + shine * (.35 + .65 * base), out + shine + edge * .08 * room)
 
 # %% ../../nbs/api/scenes_render.ipynb #6b582d3d
 _spots = ((-.125, -.375), (.375, -.125), (-.375, .125), (.125, .375)) # rotated grid
