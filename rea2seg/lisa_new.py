@@ -44,7 +44,7 @@ def new_lisa(
         model = LisaModel(lisa_config(config, tokens.seg)).eval()
     return LisaGenerator(model, tower, Sam1.random(sam, seed), tokens, config, system=system)
 
-# %% ../nbs/api/lisa_new.ipynb #08faa653
+# %% ../nbs/api/lisa_new.ipynb #41e712d3
 def conversations(
     generator: LisaGenerator,
     pairs: list[tuple[str, str]], # question, answer with [SEG]
@@ -54,7 +54,7 @@ def conversations(
     tokens, rows = generator.tokens, []
     for question, answer in pairs:
         prompt = generator.prompt_ids(ask(question, explain))
-        said = tokens.encode([*tokens.parse(answer, (SEG,)), Token("</s>")], bos=False)
+        said = tokens.encode([*tokens.parse(answer.strip(), (SEG,)), Token("</s>")], bos=False)
         used, most = len(prompt) + len(said) + generator.tower.tokens - 1, generator.model.config.max_position_embeddings
         if used > most: raise ValueError(f"the question is too long: with picture and answer it takes {used} places, the model has {most}: {question!r:.60}")
         rows.append((prompt + said, [-100] * len(prompt) + said))
