@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'RunSettings', 'RunError', 'write_atomically', 'write_json', 'Parts', 'merge_problems', 'row_names',
            'make_record', 'draw', 'choose', 'summarise', 'rows_table', 'compare_runs']
 
-# %% ../nbs/api/results.ipynb #016357f6
+# %% ../nbs/api/results.ipynb #82105f6e
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .data.samples import Sample
-from .metrics import CONVENTIONS, Convention, MetricSettings, best_of, candidate_recall, compare_paired, iou_of, score_set
+from .metrics import CONVENTIONS, Convention, MetricSettings, best_of, candidate_recall, compare_paired, iou_of, score_rows
 from .settings import load_section
 
 try: import fcntl
@@ -161,7 +161,7 @@ def choose(record: dict, convention: Convention, settings: MetricSettings, seed:
     with_prior = np.asarray(record["scores"]) + settings.prior_weight * np.asarray(record["agreement"])
     return rows | {"rea2seg": int(order[0]), f"top{k}": best_of(ious, order, k), "rea2seg+prior": best_of(with_prior)}
 
-# %% ../nbs/api/results.ipynb #81bd1343
+# %% ../nbs/api/results.ipynb #9d1442b9
 def summarise(
     records: list[dict],
     convention: Convention,
@@ -182,20 +182,21 @@ def summarise(
     groups = {c: np.array([r["category"] == c for r in records]) for c in dict.fromkeys(sorted(filter(None, (r["category"] for r in records))))}
     groups["overall"] = np.ones(len(records), bool)
     kinds = {f"{c}/{s}": np.array([(r["category"], r["subtype"]) == (c, s) for r in records]) for c, s in sorted({(r["category"], r["subtype"]) for r in records if r["category"] and r["subtype"]})}
-    score = lambda row, at: score_set(counts[row][at], convention, images[at], settings, seed)
+    def table(groups, convention=convention, settings=settings): # row -> group -> scores
+        found = {c: score_rows({row: counts[row][at] for row in names}, convention, images[at], settings, seed) for c, at in groups.items()}
+        return {row: {c: found[c][row] for c in groups} for row in names}
     best = np.array([max(iou_of(r["candidates"], convention), default=0.0) if r["candidates"] else 0.0 for r in records])
     total = lambda name: sum(len(r["candidates"] or ()) for r in records) if name is None else sum((r["sources"] or []).count(name) for r in records)
     sources = sorted({s for r in records for s in r["sources"] or ()})
     won = lambda row: {s: sum(p[row] >= 0 and r["sources"][p[row]] == s for r, p in zip(records, picks, strict=True)) for s in sources} if row in names else None
     once = replace(settings, bootstrap=1) # the other conventions' numbers come without intervals
-    plain = lambda row, c: {m: v for m, v in score_set(counts[row], c, None, once, seed).items() if m in ("giou", "ciou")}
+    plain = lambda c: {row: {m: v["overall"][m] for m in ("giou", "ciou")} for row, v in table({"overall": groups["overall"]}, c, once).items()}
     return {
-        "rows": {row: {c: score(row, at) for c, at in groups.items()} for row in names},
-        "subtypes": {row: {c: score(row, at) for c, at in kinds.items()} for row in names},
+        "rows": table(groups), "subtypes": table(kinds),
         "boundary_iou": {row: {c: float(edges[row][at].mean()) for c, at in groups.items()} for row in names},
         "candidates": {"mean": total(None) / len(records), "by_source": {s: total(s) / len(records) for s in sources}, "picked": {r: won(r) for r in ("rea2seg", "oracle") if r in names},
                        "recall": {c: candidate_recall(best[at], settings.recall_ious) for c, at in groups.items()}},
-        "conventions": {name: {row: plain(row, c) for row in names} for name in CONVENTIONS for c in [Convention.load(name)]},
+        "conventions": {name: plain(Convention.load(name)) for name in CONVENTIONS},
         "seconds": {s: float(np.mean(v)) for s in ("load", "ground", "discover", "score") if (v := [r[f"seconds_{s}"] for r in records if r[f"seconds_{s}"] is not None])},
         "failed": sum(r["failed"] is not None for r in records),
     }

@@ -201,7 +201,7 @@ def test_mask_pictures():
         assert (read_mask_picture(content)[0] == m).all()
     colours = np.zeros((H, W, 3), np.uint8)
     colours[..., 0] = u8 * 255
-    for content, reason in ((png(colours), "colours"), (png((u8 * 7)), "got 2 values: 0, 7"), (png(np.random.default_rng(0).integers(0, 255, (H, W)).astype(np.uint8)), "values"), (b"\x89PNG", "damaged")):
+    for content, reason in ((png(colours), "colours"), (png(u8 * 7), "got 2 values: 0, 7"), (png(np.random.default_rng(0).integers(0, 255, (H, W)).astype(np.uint8)), "values"), (b"\x89PNG", "damaged")):
         with pytest.raises(ValueError, match=reason):
             read_mask_picture(content)
 
@@ -434,10 +434,13 @@ def test_coco(tmp_path):
 def test_registry(monkeypatch, tmp_path):
     asked = []
     fake = types.ModuleType("rea2seg.scenes.benchmark")
-    fake.load_world = lambda **kw: asked.append(kw) or squares(20)
+    fake.load_world = lambda split, n=None, seed=0: asked.append((split, n, seed)) or squares(n or 20)
     monkeypatch.setitem(sys.modules, "rea2seg.scenes.benchmark", fake)
-    assert len(list(load_samples("sgdr-world", limit=7))) == 7 and asked[0]["split"] == "test"
-    assert len(list(load_samples("world", "train", limit=5, seed=3))) == 5 and asked[1]["split"] == "train" and asked[1]["seed"] == 3
+    assert len(list(load_samples("sgdr-world", limit=7, seed=5))) == 7 and len(load_samples("sgdr-world", "test")) == 20 and asked == [("test", 7, 0), ("test", None, 0)]
+    assert len(list(load_samples("world", "train", limit=5, seed=3))) == 5 and len(load_samples("world")) == 20 and asked[2:] == [("train", 5, 3), ("val", None, 0)]
+    for spec, split, reason in (("sgdr-world", "val", "there is no split val"), ("world", "train", "has no end: give a limit")):
+        with pytest.raises(DataError, match=reason):
+            load_samples(spec, split)
     register_source("mine", lambda where, **kw: Listed(where, squares(2)))
     assert len(load_samples("mine:x")) == 2
     with pytest.raises(DataError, match="unknown data 'imagenet'; kinds are .*reasonseg:"):

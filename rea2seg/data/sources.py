@@ -15,7 +15,7 @@ from .parquet import Parquet
 from .reader import DataError, Reader
 from .reasonseg import ReasonSeg
 
-# %% ../../nbs/api/data_sources.ipynb #13a4f3a7
+# %% ../../nbs/api/data_sources.ipynb #6ad1e513
 _hub = {"sgdr": "snowball521/ReasonSeg-SGDR", "rea2seg16k": "snowball521/Rea2Seg-16K"}
 _kinds: dict[str, tuple[Callable, bool]] = {}
 
@@ -28,20 +28,13 @@ def register_source(
     _kinds[kind] = make, needs_where
 
 class Listed(Reader):
-    "Samples made elsewhere: a sequence, or a function that gives one sample by its number."
-    def __init__(self, source: str, samples, n: int | None = None, limit: int | None = None, seed: int | None = None):
+    "Samples made elsewhere: anything that has a length and can be iterated."
+    def __init__(self, source: str, samples, limit: int | None = None, seed: int | None = None):
         super().__init__(source, limit, seed)
-        self.samples, self.n = samples, len(samples) if n is None else n
-    def count(self) -> int: return self.n
+        self.samples = samples
+    def count(self) -> int: return len(self.samples)
     def items(self):
-        # a sequence that names its samples is not built just to be skipped
-        names = getattr(self.samples, "names", None)
-        get = self.samples if callable(self.samples) else self.samples.__getitem__
-        for at in range(self.n):
-            if names is not None: yield names[at], partial(get, at)
-            else:
-                sample = get(at)
-                yield sample.name, partial(_same, sample)
+        for sample in self.samples: yield sample.name, partial(_same, sample)
 
 def _same(sample): return sample
 
@@ -59,11 +52,14 @@ def load_samples(
     if needs_where and not where: raise DataError(f"'{spec}' must say where the data is: {kind}:...")
     return make(where, split=split, limit=limit, seed=seed, **options)
 
-# %% ../../nbs/api/data_sources.ipynb #8810948d
+# %% ../../nbs/api/data_sources.ipynb #02326e9c
 def _world(kind: str, where: str, split, limit, seed, **options) -> Reader:
     from rea2seg.scenes.benchmark import load_world
-    found = load_world(split=split or "test", limit=limit, seed=seed, **options) if kind == "world" else load_world(split="test", **options)
-    return found if isinstance(found, Reader) else Listed(kind, found, limit=limit, seed=seed)
+    if kind == "sgdr-world":
+        if split not in (None, "test"): raise DataError(f"sgdr-world is a test set, there is no split {split}; world has train and val")
+        return Listed(kind, load_world("test", n=limit, **options))
+    if split == "train" and limit is None: raise DataError("the world's train split has no end: give a limit")
+    return Listed(kind, load_world(split or "val", n=limit, seed=seed or 0, **options))
 
 def _parquet(kind: str, where: str, split, limit, seed, **options) -> Reader:
     return Parquet(where or _hub[kind], split=split, limit=limit, seed=seed, kind=kind, **options)
