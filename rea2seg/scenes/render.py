@@ -222,7 +222,7 @@ def antialias(packed: Packed, seen: Cast, light: Tensor, size_hw) -> Tensor: # f
     flat[:, where] = total / 5
     return flat.view(3, B, H, W).transpose(0, 1)
 
-# %% ../../nbs/api/scenes_render.ipynb #d524bca1
+# %% ../../nbs/api/scenes_render.ipynb #fbe5b625
 @dataclass(frozen=True)
 class RenderedBatch:
     "Pictures and masks of B scenes; O objects and Q parts are counted over the batch, in the scenes' order."
@@ -273,7 +273,7 @@ def render_packed(
         if smooth: light = antialias(packed, seen, light, size_hw)
         image = (srgb(light.clamp(0, 1)) * 255 + .5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         none, some = seen.solid < 0, seen.solid.clamp(min=0).view(-1)
-        pick = lambda table: torch.where(none, -1, take(table.to(device, torch.int16), some).view_as(none) if len(table) else -1)
+        pick = lambda table: torch.where(none, -1, take(table.to(device), some).view_as(none) if len(table) else -1).to(torch.int16)
         return RenderedBatch(image, pick(packed.object_id[packed.owner]), pick(packed.part_index[packed.part]), seen.t, **measure(packed, seen, size_hw))
 
 # %% ../../nbs/api/scenes_render.ipynb #a1ab3287
