@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strip_prefix', 'load_sam2', 'load_sam1']
 
-# %% ../nbs/api/sam.ipynb #9fcf1ecb
+# %% ../nbs/api/sam.ipynb #4f6f33f2
 from pathlib import Path
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from .checkpoints import CheckpointError, load_strict, read_file, read_state, resolve
 from .sam1_model import Sam1, Sam1Config, rename_sam1, sam1_config
 from .sam2_model import Sam2, Sam2Config, sam2_config
-from .sam_core import Sam
+from .sam_core import Sam, empty_sam
 from .sam_decoder import Decoded, TokenMasks
 
-# %% ../nbs/api/sam.ipynb #07141b8b
+# %% ../nbs/api/sam.ipynb #b9572d43
 _memory = ("memory_attention.*", "memory_encoder.*", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj.*", "obj_ptr_tpos_proj.*", "mask_downsample.*")
 
 def strip_prefix(
@@ -52,7 +52,7 @@ def load_sam2(
     if config is None:
         try: config = sam2_config(Path(where).name)
         except ValueError: config = sam2_config("hiera_l")
-    sam = Sam2(config, resizer)
+    sam = empty_sam(Sam2, config, resizer)
     load_strict(sam, strip_prefix(state, ("image_encoder.trunk.patch_embed.proj.weight",), where), where, ignore=_memory)
     return sam.to(device, dtype).freeze()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAM1_SIZES', 'Sam1Config', 'sam1_config', 'rename_sam1', 'Sam1']
 
-# %% ../nbs/api/sam1_model.ipynb #260b3858
+# %% ../nbs/api/sam1_model.ipynb #2900219c
 import re
 from dataclasses import asdict, dataclass, fields
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
-from .sam_core import Sam, init_sam
+from .sam_core import Sam, random_sam
 from .sam_decoder import Layer, Parts
 
 # %% ../nbs/api/sam1_model.ipynb #cb38ba48
@@ -87,7 +87,7 @@ def rename_sam1(
     renamed.pop(original, None)
     return renamed | ({} if shared is None else {k: shared.float() for k in _frequencies})
 
-# %% ../nbs/api/sam1_model.ipynb #d4091ff1
+# %% ../nbs/api/sam1_model.ipynb #85b0da64
 class Sam1(Sam):
     "The first SAM, `SamModel` inside."
     family = "sam"
@@ -115,8 +115,7 @@ class Sam1(Sam):
     @classmethod
     def random(cls, config: str | dict | Sam1Config, seed: int = 0, trainable: bool = False) -> "Sam1":
         "A SAM with random weights: frozen, or ready to be trained."
-        sam = init_sam(cls(config), seed)
-        return sam.train() if trainable else sam.freeze()
+        return random_sam(cls, config, seed=seed, trainable=trainable)
 
 # %% ../nbs/api/sam1_model.ipynb #3be1d57e
 @patch

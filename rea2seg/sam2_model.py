@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAM2_SIZES', 'Sam2Config', 'sam2_config', 'Sam2']
 
-# %% ../nbs/api/sam2_model.ipynb #39a8a0d1
+# %% ../nbs/api/sam2_model.ipynb #d6197250
 from dataclasses import asdict, dataclass, fields
 
 import cv2
@@ -21,7 +21,7 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from .sam_core import Sam, check_image, init_sam, normalise
+from .sam_core import Sam, check_image, normalise, random_sam
 from .sam_decoder import Layer, Parts
 
 # %% ../nbs/api/sam2_model.ipynb #3f54336f
@@ -79,7 +79,7 @@ def sam2_config(
     if missing := SAM2_SIZES["hiera_l"].keys() - config.keys(): raise ValueError(f"the SAM 2 config lacks {', '.join(sorted(missing))}")
     return Sam2Config(**config)
 
-# %% ../nbs/api/sam2_model.ipynb #4b59dae4
+# %% ../nbs/api/sam2_model.ipynb #fc264ac9
 class _NoPositions(nn.Module):
     "Stands where the video model's positions are made."
     def forward(self, x: Tensor) -> Tensor: return x.new_empty(0)
@@ -118,8 +118,7 @@ class Sam2(Sam):
     @classmethod
     def random(cls, config: str | dict | Sam2Config, seed: int = 0, trainable: bool = False, resizer: str = "opencv") -> "Sam2":
         "A SAM 2 with random weights: frozen, or ready to be trained."
-        sam = init_sam(cls(config, resizer), seed)
-        return sam.train() if trainable else sam.freeze()
+        return random_sam(cls, config, resizer, seed=seed, trainable=trainable)
 
 # %% ../nbs/api/sam2_model.ipynb #24f87485
 @patch

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rea2seg.checkpoints import CheckpointError
 from rea2seg.sam import Sam1, Sam2, TokenMasks, load_sam1, load_sam2
 from rea2seg.sam2_model import SAM2_SIZES
-from rea2seg.sam_core import MEAN, STD, normalise
+from rea2seg.sam_core import normalise
 from rea2seg.sam_decoder import grid_positions, run_decoder
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -244,16 +244,16 @@ def test_each_prompt_part_matters(kind):
 
 @kinds
 def test_points_are_in_the_pictures_pixels(kind):
-    sam = BUILD[kind]()
-    small = picture(64, 128)
-    big = small.repeat(2, 0).repeat(2, 1) # the same picture at twice the size
-    a, b = (sam.decode_tokens(sam.encode(im), [[[30. * k, 20. * k]]], [[1]]) for im, k in ((small, 1), (big, 2)))
-    e = sam.encode(small)
-    x, y = e.to_input(torch.tensor([30., 20.])).tolist()
-    direct = sam.forward_prompts(e.features, e.high_res, torch.tensor([[[x, y]]]), torch.tensor([[1]]))
-    assert gap(a.logits, direct.logits) < 1e-4
-    assert gap(sam.encode(big).to_input(torch.tensor([60., 40.])), torch.tensor([x, y])) < 1e-4
-    assert gap(a.logits, b.logits) < .2 * a.logits.abs().max() # the enlarged picture is resized back, not quite to the same pixels
+    sam, small = BUILD[kind](), picture(64, 128)
+    seen = sam.resize(small) # as SAM sees it: encoding this one needs no resizing
+    (h, w), e = seen.shape[:2], sam.encode(small)
+    assert e.input_hw == (h, w) and max(h, w) == 256
+    points = torch.tensor([[[30., 20.], [101., 60.]]])
+    a = sam.decode(e, points, [[1, 0]])
+    b = sam.decode(sam.encode(seen), points * torch.tensor([w / 128, h / 64]), [[1, 0]])
+    assert gap(a.logits, b.logits) < 1e-4
+    direct = sam.forward_prompts(e.features, e.high_res, e.to_input(points), torch.tensor([[1, 0]])).multi
+    assert gap(a.logits, direct.logits) < 1e-5 and gap(a.logits, sam.decode(e, points.flip(-1), [[1, 0]]).logits) > 1e-3
 
 @kinds
 def test_pictures_times_prompts(kind):
@@ -306,7 +306,8 @@ def test_trainable(kind):
         optimiser.zero_grad(); loss.backward(); optimiser.step(); losses.append(loss.item())
     assert losses[-1] < losses[0]
     still = [n for n, p in sam.named_parameters() if p.grad is None]
-    unused = ("point_embed", "not_a_point", "no_mask_embed", "obj", "positional", "pred_obj", "neck.convs.0") # what this loss cannot reach
+    # what this loss cannot reach; a bias of the keys has no effect on a softmax over them
+    unused = ("point_embed", "no_mask_embed", "obj_score", "positional", "to_image.k_proj.bias")
     assert not [n for n in still if not any(u in n for u in unused)], still
 
 # ---------------------------------------------------------------- pictures of all shapes, dtypes
@@ -329,7 +330,7 @@ def test_half_precision(kind, dtype):
     found = sam.decode(e, [[[30., 40.]]], [[1]], torch.ones(1, 1, sam.dim), mask)
     reference = exact.decode(exact.encode(picture()), [[[30., 40.]]], [[1]], torch.ones(1, 1, sam.dim), mask)
     assert found.logits.dtype == found.ious.dtype == sam.upscale(found.logits.to(dtype), e).dtype == torch.float32
-    assert gap(found.logits, reference.logits) < (.15 if dtype == torch.bfloat16 else .02) * reference.logits.abs().max()
+    assert gap(found.logits, reference.logits) < (.2 if dtype == torch.bfloat16 else .05) * reference.logits.abs().max()
 
 @kinds
 def test_upscale_takes_any_number_of_masks(kind):
@@ -433,4 +434,10 @@ def test_random_weights_are_reproducible_and_leave_the_global_state():
     torch.manual_seed(1); a = torch.rand(1)
     torch.manual_seed(1); sam = BUILD["sam2"](); assert torch.rand(1) == a
     assert all(torch.equal(x, y) for x, y in zip(sam.state_dict().values(), BUILD["sam2"]().state_dict().values()))
-    assert MEAN[0] > 1 and STD[0] > 1
+
+@kinds
+def test_random_weights_leave_nothing_uninitialised(kind):
+    sam = BUILD[kind]()
+    for name, m in sam.named_modules():
+        if "norm" in type(m).__name__.lower(): assert (m.weight == 1).all() and (m.bias == 0).all(), name
+    assert all(torch.isfinite(p).all() and p.abs().max() < 50 for p in sam.parameters())
