@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LensGenerator', 'ground_tensors', 'prompt_ids', 'ground_many', 'pack', 'new_lens']
 
-# %% ../nbs/api/lens.ipynb #518689a0
+# %% ../nbs/api/lens.ipynb #b22ef6d5
 import copy
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from .checkpoints import CheckpointError
-from .generators import SAM_KEYS, Generator, check_image, check_question, split_reasoning
+from .generators import SAM_KEYS, SAM_NAMES, Generator, check_image, check_question, split_reasoning
 from .lens_files import EXTRA_KEYS, SMALL_FILES, read_lens
 from .lens_model import LensModel, mllm_config, query_count
 from .lens_packing import Packed
@@ -26,7 +27,7 @@ from .lens_prompt import LensPictures, LensTokenizer, read_prompts, token_boxes
 from .records import Grounding, ImageEmbedding
 from .sam import Sam, load_sam2
 
-# %% ../nbs/api/lens.ipynb #902acad4
+# %% ../nbs/api/lens.ipynb #7410c447
 class LensGenerator(Generator):
     "A LENS-family checkpoint: `model` (language model, queries, connector), `sam`, tokenizer, pictures, wording."
     family = "lens"
@@ -56,7 +57,7 @@ class LensGenerator(Generator):
     def load(cls, folder: Path, config: dict, state: dict[str, Tensor], *, extra: dict, device, dtype, sam=None, sam_config=None, clip=None) -> "LensGenerator":
         "Called by `load_generator`."
         if clip: raise ValueError(f"{folder} is a LENS checkpoint, it has no CLIP tower to replace")
-        tokenizer, model = LensTokenizer(folder), read_lens(folder, config, state, extra, dtype).to(device)
+        tokenizer, model = LensTokenizer(folder), read_lens(folder, config, state, extra, device, dtype)
         if not isinstance(sam, Sam):
             try: sam = load_sam2(sam or {k: v for k, v in state.items() if k.startswith("sam.")}, sam_config, device, dtype)
             except CheckpointError as e: raise CheckpointError(f"{folder}: {e}" if not sam else str(e)) from e
@@ -69,8 +70,8 @@ class LensGenerator(Generator):
     @property
     def dtype(self) -> torch.dtype: return self.model.dtype
 
-# %% ../nbs/api/lens.ipynb #69edacad
-_flat_sam = set(SAM_KEYS)
+# %% ../nbs/api/lens.ipynb #6f870ad6
+_flat_sam = {*SAM_KEYS, *SAM_NAMES} # a SAM may be described at the top level too
 _sampling = ("do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "max_length", "max_new_tokens", "_from_model_config", "transformers_version", "num_beams")
 
 def _json(files: dict[str, bytes], name: str) -> dict:
@@ -125,19 +126,20 @@ def ground_tensors(self: LensGenerator,
 
 LensGenerator.ground_tensors = ground_tensors
 
-# %% ../nbs/api/lens.ipynb #34411a23
-def _grounding(self: LensGenerator, prompt_embed: Tensor, attention: Tensor, embeddings: list[ImageEmbedding], of: list[int], grid_hw: tuple[int, int], **texts) -> Grounding:
+# %% ../nbs/api/lens.ipynb #b200a20d
+def _grounding(self: LensGenerator, prompt_embed: Tensor, attention: Tensor, embeddings: list[ImageEmbedding], of: list[int], grid_hw: tuple[int, int]) -> Grounding:
     "Decode the prompts in SAM's single-mask mode and collect the record; `of` says which row belongs to which picture."
     low, logits = [None] * len(of), [None] * len(of)
     if not torch.isfinite(prompt_embed).all(): raise ValueError(f"{self.where}: the prompt embedding has NaN or infinite values")
     for i, embedding in enumerate(embeddings):
         rows = [b for b, k in enumerate(of) if k == i]
-        masks = self.sam.decode(embedding, prompt_embed=prompt_embed[rows], multimask=False).logits
-        for b, m, l in zip(rows, masks, self.sam.upscale(masks, embedding), strict=True): low[b], logits[b] = m, l[0]
+        for some in (rows[j:j + 32] for j in range(0, len(rows), 32)):
+            masks = self.sam.decode(embedding, prompt_embed=prompt_embed[some], multimask=False).logits
+            for b, m, l in zip(some, masks, self.sam.upscale(masks, embedding), strict=True): low[b], logits[b] = m, l[0]
     one = len(of) == 1
     boxes = token_boxes(grid_hw, embeddings[0].orig_hw).to(prompt_embed.device)
     return Grounding(prompt_embed.float(), torch.stack(low), attention[0] if one else attention, logits[0] if one else torch.stack(logits), boxes, grid_hw,
-                     embeddings[0] if len(embeddings) == 1 else None, tuple(self.layers), **texts)
+                     embeddings[0] if len(embeddings) == 1 else None, tuple(self.layers))
 
 # %% ../nbs/api/lens.ipynb #db54209b
 def prompt_ids(self: LensGenerator,
@@ -181,7 +183,7 @@ def _write(self: LensGenerator, cache: DynamicCache, prefix: list[int], rest: li
                                    generation_config=_bounded(self.generation, max_new_tokens))
     return out[0, ids.shape[1]:].tolist()
 
-# %% ../nbs/api/lens.ipynb #40b7791e
+# %% ../nbs/api/lens.ipynb #6b1d5ae2
 @torch.no_grad()
 def ground_many(self: LensGenerator,
     image: np.ndarray,           # uint8[H,W,3] RGB
@@ -206,32 +208,33 @@ def ground_many(self: LensGenerator,
         written = [_write(self, cache, prefix, rest, max_new_tokens) for rest in rests]
     texts = [{} if self.direct else _texts(self, w, max_new_tokens) for w in written]
     blocks = [[i for i in rest + w if i != self.pad_id] for rest, w in zip(rests, written, strict=True)] # masked places count nothing
-    found = _query_pass(self, tokens, prefix, blocks)
-    return [_grounding(self, e, a, [embedding], [0], hw, **t) for e, a, t in zip(*found, texts, strict=True)]
+    prompts, rows = _query_pass(self, tokens, prefix, blocks)
+    whole = _grounding(self, prompts, rows, [embedding], [0] * len(blocks), hw)
+    return [replace(one, **t) for one, t in zip(whole.split(), texts, strict=True)]
 
 LensGenerator.ground_many = ground_many
 
-# %% ../nbs/api/lens.ipynb #28c98993
+# %% ../nbs/api/lens.ipynb #4354666f
 def _texts(self: LensGenerator, written: list[int], max_new_tokens: int) -> dict:
     "Answer and reasoning of what the model wrote."
     answer, reasoning, notes = split_reasoning(self.tokenizer.decode(written))
     if not written or written[-1] not in self.generation.eos_token_id: notes += (f"the answer was cut off after {max_new_tokens} tokens",)
     return dict(answer=answer, reasoning=reasoning, notes=notes)
 
-def _query_pass(self: LensGenerator, tokens: Tensor, prefix: list[int], blocks: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+def _query_pass(self: LensGenerator, tokens: Tensor, prefix: list[int], blocks: list[list[int]]) -> tuple[Tensor, Tensor]: # float[N,1,C], float[N,L,T]
     "Prompt embeddings and attention rows, packed as far as `packed_tokens` allows."
     embeds, rows = [], []
     if len(blocks) == 1:
         ids = torch.tensor([prefix + blocks[0]], device=self.device)
         seen = self.model.query_states(ids, torch.ones_like(ids), tokens, attention=True)
-        return [self.model.prompt_embeds(seen.states)], [seen.attention]
+        return self.model.prompt_embeds(seen.states), seen.attention
     while blocks:
         sizes = itertools.accumulate((len(b) + self.model.queries for b in blocks), initial=len(prefix))
         n = max(1, sum(s <= self.packed_tokens for s in sizes) - 1)
         some, blocks = blocks[:n], blocks[n:]
         got = self.model.packed([tokens], [prefix], [some], attention=True)
-        embeds += got.prompt_embeds.split(1); rows += got.attention.split(1)
-    return embeds, rows
+        embeds.append(got.prompt_embeds); rows.append(got.attention)
+    return torch.cat(embeds), torch.cat(rows)
 
 # %% ../nbs/api/lens.ipynb #2fa08928
 def pack(self: LensGenerator,

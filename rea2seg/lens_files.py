@@ -6,7 +6,7 @@
 __all__ = ['EXTRA_KEYS', 'SMALL_FILES', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'read_lens', 'write_folder', 'save_generator',
            'make_tokenizer', 'lens_config']
 
-# %% ../nbs/api/lens_files.ipynb #a995abd0
+# %% ../nbs/api/lens_files.ipynb #13085bd3
 import json
 import os
 import shutil
@@ -20,10 +20,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from .checkpoints import CheckpointError, load_strict, read_json
+from .checkpoints import CheckpointError, load_strict
 from .lens_model import LensModel, mllm_config, query_count
 
-# %% ../nbs/api/lens_files.ipynb #a8660871
+# %% ../nbs/api/lens_files.ipynb #acf35edb
 EXTRA_KEYS = ("sam", "sam_position", "direct", "prompt", "llm_size")
 _gaussian = "sam.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
@@ -32,19 +32,25 @@ def read_lens(
     config: dict,                 # config.json
     state: dict[str, Tensor],     # all weights; those under `sam.` are left alone
     extra: dict,                  # rea2seg.json
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LensModel:
     "The language model and connection module of a checkpoint, in evaluation mode."
     shape = lambda key: tuple(state[key].shape) if key in state else None
     last, first = shape("proj_to_sam.2.weight"), shape("proj_to_sam.0.weight")
-    with torch.device("meta"):
-        model = LensModel(mllm_config(config), query_count(config), sam_dim=last[0] if last else 256, middle=first[0] if first else None, sam_position=bool(extra.get("sam_position")))
-    own = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items() if not k.startswith("sam.")}
+    # a config that does not say whether the embeddings are tied is read off the weights
+    config = {"tie_word_embeddings": "lm_head.weight" not in state} | config
+    settings, queries = mllm_config(config), query_count(config)
+    try:
+        with torch.device("meta"): model = LensModel(settings, queries, sam_dim=last[0] if last else 256, middle=first[0] if first else None, sam_position=bool(extra.get("sam_position")))
+    except ValueError as e: raise CheckpointError(f"{where}: config.json does not describe a LENS model: {e}") from e
+    # copies, since tensors of a mapped file change with the file and lie in memory as it happens
+    own = {k: v.to(device, dtype, copy=True) if v.is_floating_point() else v for k, v in state.items() if not k.startswith("sam.")}
     tied = model.config.tie_word_embeddings
     load_strict(model, own, where, optional=("lm_head.weight",) if tied else (), ignore=("*rotary_emb.inv_freq",))
     if model.sam_position is not None:
         if _gaussian not in state: raise CheckpointError(f"{where} has sam_position but no {_gaussian}")
-        model.gaussian = state[_gaussian].float()
+        model.gaussian = state[_gaussian].to(device, torch.float32, copy=True)
     return model.finish().eval()
 
 # %% ../nbs/api/lens_files.ipynb #42424f74

@@ -6,7 +6,8 @@
 __all__ = ['mllm_config', 'query_count', 'plain_positions', 'Connector', 'sam_grid', 'QueryPass', 'LensModel', 'query_states',
            'prompt_embeds']
 
-# %% ../nbs/api/lens_model.ipynb #c4ed037a
+# %% ../nbs/api/lens_model.ipynb #c496d9dd
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from .attention import record_attention
 from .checkpoints import CheckpointError
 
-# %% ../nbs/api/lens_model.ipynb #005d9c7f
+# %% ../nbs/api/lens_model.ipynb #467c3eb6
 _text_keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
               "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_sliding_window", "sliding_window", "max_window_layers",
               "attention_dropout", "rope_parameters", "rope_scaling", "rope_theta", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,6 +30,7 @@ def mllm_config(
     config: dict, # config.json as the reference writes it, flat, or as later libraries do, with a `text_config`
 ) -> Qwen2_5_VLConfig:
     "Qwen2.5-VL's configuration out of a LENS checkpoint's."
+    config = copy.deepcopy(config) # the library writes into its rope settings
     text, vision = config.get("text_config") or config, config.get("vision_config")
     lost = [k for k in _needed if k not in text] + ([] if isinstance(vision, dict) else ["vision_config"])
     if lost: raise CheckpointError(f"config.json lacks {', '.join(lost)}")
@@ -91,7 +93,7 @@ class Connector(nn.Module):
         for block in self.blocks: x = block(x)
         return x
 
-# %% ../nbs/api/lens_model.ipynb #ebde24fc
+# %% ../nbs/api/lens_model.ipynb #3d52315e
 def sam_grid(
     gaussian: Tensor,         # float[2,C/2], SAM's `positional_encoding_gaussian_matrix`
     grid_hw: tuple[int, int], # tokens in a column and in a row
@@ -100,7 +102,8 @@ def sam_grid(
     h, w = grid_hw
     y, x = ((torch.arange(n, device=gaussian.device, dtype=torch.float32) + 0.5) / n for n in (h, w))
     places = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).reshape(-1, 2)
-    angles = 2 * torch.pi * (2 * places - 1) @ gaussian.float()
+    at, table = 2 * places - 1, gaussian.float()  # products, not a matmul: autocast would round the positions
+    angles = 2 * torch.pi * (at[:, :1] * table[0] + at[:, 1:] * table[1])
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 # %% ../nbs/api/lens_model.ipynb #bdc409f1

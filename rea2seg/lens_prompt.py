@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'read_prompts', 'LensTokenizer', 'llm_size', 'LensPictures', 'token_boxes']
 
-# %% ../nbs/api/lens_prompt.ipynb #43b37592
+# %% ../nbs/api/lens_prompt.ipynb #e3e08587
 import json
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .checkpoints import CheckpointError, read_json
-from .generators import check_image, check_question
+from .generators import check_image
 
 # %% ../nbs/api/lens_prompt.ipynb #f40fdf1c
 PROMPTS = dict(
@@ -108,7 +108,7 @@ def llm_size(
     scale = target / max(size_hw)
     return max(1, int(size_hw[0] * scale)), max(1, int(size_hw[1] * scale))
 
-# %% ../nbs/api/lens_prompt.ipynb #f82485e8
+# %% ../nbs/api/lens_prompt.ipynb #27b3ed5a
 class LensPictures:
     "Pictures as Qwen's vision tower reads them: flattened patches and their grid."
     _keys = ("size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor", "resample")
@@ -119,12 +119,10 @@ class LensPictures:
         where: str | Path = "the checkpoint", # for messages
     ):
         need = dict(patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size)
-        if wrong := [f"{k} {own[k]} for {v}" for k, v in need.items() if own.get(k, v) != v]:
-            raise CheckpointError(f"{where}: preprocessor_config.json does not fit config.json: {', '.join(wrong)}")
         if not (isinstance(target, int) and target > 0 or isinstance(target, (list, tuple)) and len(target) == 2 and all(isinstance(n, int) and n > 0 for n in target)):
             raise CheckpointError(f"{where}: llm_size in rea2seg.json must be a number of pixels or [height, width], got {target!r}")
         self.target, self.merge = target, need["merge_size"]
-        try: self.qwen = Qwen2VLImageProcessorPil(**{k: own[k] for k in self._keys if own.get(k) is not None} | need)
+        try: self.qwen = Qwen2VLImageProcessorPil(**{k: own[k] for k in self._keys if own.get(k) is not None} | need) # the weights were made for config.json's patches
         except Exception as e: raise CheckpointError(f"{where}: preprocessor_config.json cannot be used: {e}") from e
 
     def __call__(self,
