@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve
 
-# %% ../nbs/api/clip_tower.ipynb #2c886d35
+# %% ../nbs/api/clip_tower.ipynb #ac2a1c88
 class ClipTower(nn.Module):
     "A frozen CLIP vision tower: patch features for the language model, token boxes for the picture."
     elongation = 200 # longest over shortest side; CLIP's processor scales the whole picture before it crops
@@ -35,7 +35,8 @@ class ClipTower(nn.Module):
         self.side, self.patch, self.dim = config.image_size, config.patch_size, config.hidden_size
         depth = config.num_hidden_layers
         if not -depth - 1 <= layer <= depth: raise CheckpointError(f"mm_vision_select_layer is {layer}, the CLIP tower has {depth} layers")
-        self.processor = processor or CLIPImageProcessorPil(size={"shortest_edge": self.side}, crop_size={"height": self.side, "width": self.side})
+        square = {"height": self.side, "width": self.side}
+        self.processor = processor or CLIPImageProcessorPil(size={"shortest_edge": self.side}, crop_size=square)
         size, crop = dict(self.processor.size), dict(self.processor.crop_size)
         self.scale = size.get("shortest_edge") or (size["height"], size["width"]) # shortest side after scaling, or both
         if (crop["height"], crop["width"]) != (self.side, self.side) or np.min(self.scale) < self.side:
@@ -61,7 +62,8 @@ class ClipTower(nn.Module):
     def pixels(self, image: np.ndarray) -> Tensor: # float[1,3,S,S]
         "Scale, centre-crop and normalise `image` uint8[H,W,3], as CLIP's own processor does."
         H, W = image.shape[:2]
-        if max(H, W) > self.elongation * min(H, W): raise ValueError(f"a picture of {W}x{H} pixels is too long for the CLIP tower, at most {self.elongation} times its width")
+        if max(H, W) > self.elongation * min(H, W):
+            raise ValueError(f"a picture of {W}x{H} pixels is too long for the CLIP tower, which takes sides of at most {self.elongation} to 1")
         return self.processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
 
     def token_boxes(self, size_hw: tuple[int, int]) -> Tensor: # float[T,4] x0, y0, x1, y1 in pixels of the picture
@@ -80,10 +82,11 @@ class ClipTower(nn.Module):
         folder.mkdir(parents=True)
         state = {f"vision_model.{k}": v for k, v in vision_keys(self.clip.state_dict()).items()} # the released layout
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps({**self.clip.config.to_diff_dict(), "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}, indent=2) + "\n")
+        config = self.clip.config.to_diff_dict() | {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.processor.save_pretrained(folder)
 
-# %% ../nbs/api/clip_tower.ipynb #b592413a
+# %% ../nbs/api/clip_tower.ipynb #c9c7a6e9
 def find_tower(
     clip: str | Path | None,  # what the user names: folder or hub id
     config: dict,             # the checkpoint's config.json
@@ -113,7 +116,8 @@ def load_tower(
     "Read a CLIP vision tower."
     folder, config = Path(folder), config or {}
     spec = read_json(folder)
-    if spec.get("model_type") not in ("clip", "clip_vision_model"): raise CheckpointError(f"{folder} is a {spec.get('model_type')!r} model, not a CLIP tower")
+    kind = spec.get("model_type")
+    if kind not in ("clip", "clip_vision_model"): raise CheckpointError(f"{folder} is a {kind!r} model, not a CLIP tower")
     own = CLIPVisionConfig.from_dict(spec["vision_config"] if "vision_config" in spec else spec)
     with torch.device("meta"): clip = CLIPVisionModel(own)
     has_weights = any(any(folder.glob(p)) for p in ("*.safetensors*", "*.bin*", "*.pt"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_SEG', 'LisaGenerator', 'ground_tensors', 'says_present', 'prompt_ids', 'ground_many']
 
-# %% ../nbs/api/lisa.ipynb #968a1cff
+# %% ../nbs/api/lisa.ipynb #9e4d147c
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from .checkpoints import CheckpointError, read_json, read_state, resolve
 from .clip_tower import ClipTower, find_tower, load_tower
 from .generators import Generator, check_question
 from .lisa_model import CLIP_PREFIX, SAM_PREFIX, LisaModel, layout, lisa_config, load_llm
-from .lisa_prompt import IMAGE_ID, SEG, SYSTEM, START, LisaTokens, ask, prompt_parts
+from .lisa_prompt import END, IMAGE_ID, SEG, START, SYSTEM, LisaTokens, ask, prompt_parts
 from .records import Grounding, ImageEmbedding
 from .sam import Sam, load_sam1
 
-# %% ../nbs/api/lisa.ipynb #bbeac148
+# %% ../nbs/api/lisa.ipynb #e78e1858
 class LisaGenerator(Generator):
     "A LISA-family model: language model, CLIP tower, frozen SAM 1, tokenizer."
     family = "lisa"
@@ -43,9 +43,11 @@ class LisaGenerator(Generator):
         self.layers, self.system = tuple(layers or ()), system
         self.delimiters = bool(config.get("mm_use_im_start_end"))
         llm = model.config
-        if tower.dim != llm.mm_hidden_size: raise CheckpointError(f"the CLIP tower has width {tower.dim}, the projector takes {llm.mm_hidden_size}; pass clip=FOLDER of the right tower")
+        if tower.dim != llm.mm_hidden_size:
+            raise CheckpointError(f"the CLIP tower has width {tower.dim}, the projector takes {llm.mm_hidden_size}; pass clip=FOLDER of the right one")
         if sam.dim != llm.prompt_dim: raise CheckpointError(f"SAM takes prompts of width {sam.dim}, text_hidden_fcs gives {llm.prompt_dim}")
-        if self.delimiters and START not in tokens.added: raise CheckpointError(f"config.json wants the picture between {START} and <im_end>, the tokenizer has no such tokens")
+        if self.delimiters and not {START, END} <= tokens.added.keys():
+            raise CheckpointError(f"config.json wants the picture between {START} and {END}, the tokenizer has no such tokens")
 
     @property
     def device(self) -> torch.device: return self.model.device
@@ -80,11 +82,12 @@ class LisaGenerator(Generator):
         elif not isinstance(sam, Sam): sam = load_sam1(sam, shape, device, dtype)
         return cls(model.to(device), tower.to(device), sam, tokens, config, layers, extra.get("system", SYSTEM))
 
-# %% ../nbs/api/lisa.ipynb #a2d8504a
+# %% ../nbs/api/lisa.ipynb #65cea709
 def _sizes(value, rows: int, name: str) -> list[tuple[int, int]]:
     "One (h, w) for each picture, from int[2], int[B,2] or a list."
     t = torch.as_tensor(value).reshape(-1, 2).tolist()
-    if len(t) not in (1, rows) or any(v < 1 for hw in t for v in hw): raise ValueError(f"{name} must be (height, width) for {rows} pictures, got {torch.as_tensor(value).tolist()}")
+    if len(t) not in (1, rows) or any(v < 1 for hw in t for v in hw):
+        raise ValueError(f"{name} must be (height, width) for {rows} pictures, got {torch.as_tensor(value).tolist()}")
     return [tuple(map(int, hw)) for hw in (t * rows if len(t) == 1 else t)]
 
 def _masks(self: LisaGenerator,
@@ -97,19 +100,21 @@ def _masks(self: LisaGenerator,
 ) -> Grounding:
     "Initial masks of the prompt tokens: SAM's single-mask output, no stability fallback."
     which = [r if len(pictures) > 1 else 0 for r in rows]
-    if len(sizes := {pictures[i].orig_hw for i in which}) > 1: raise ValueError(f"pictures of one call must have one size, got {sorted(sizes)}")
+    sizes = {pictures[i].orig_hw for i in which}
+    if len(sizes) > 1: raise ValueError(f"pictures of one call must have one size, got {sorted(sizes)}")
     low, logits = [], []
     for i, at in _runs(which):
         low.append(self.sam.decode(pictures[i], prompt_embed=embeds[at, None], multimask=False).logits)
         logits.append(self.sam.upscale(low[-1], pictures[i])[:, 0])
     n, hw, logits = len(embeds), pictures[which[0]].orig_hw, torch.cat(logits)
-    return Grounding(embeds[:, None].float(), torch.cat(low), attention if n > 1 else attention[0], logits if n > 1 else logits[0],
-                     self.tower.token_boxes(hw).to(embeds.device), self.tower.grid_hw, pictures[0] if len(pictures) == 1 else None, self.layers, answer, None, notes)
+    lead = slice(None) if n > 1 else 0
+    return Grounding(embeds[:, None].float(), torch.cat(low), attention[lead], logits[lead], self.tower.token_boxes(hw).to(embeds.device),
+                     self.tower.grid_hw, pictures[0] if len(pictures) == 1 else None, self.layers, answer, None, notes)
 
 def _runs(which: list[int]) -> list[tuple[int, slice]]:
     "Neighbours with the same picture, as slices."
     ends = [i for i in range(1, len(which)) if which[i] != which[i - 1]]
-    return [(which[a], slice(a, b)) for a, b in zip([0, *ends], [*ends, len(which)])]
+    return [(which[a], slice(a, b)) for a, b in zip([0, *ends], [*ends, len(which)], strict=True)]
 
 @torch.no_grad()
 def ground_tensors(self: LisaGenerator,
@@ -125,10 +130,11 @@ def ground_tensors(self: LisaGenerator,
     if ids.ndim != 2 or ids.is_floating_point(): raise ValueError(f"input_ids must be int[B,S], got {ids.dtype}{list(ids.shape)}")
     for name, t in (("pixel_values_clip", pixel_values_clip), ("sam_images", sam_images)):
         if t.ndim != 4 or len(t) not in (1, len(ids)): raise ValueError(f"{name} must hold one picture or {len(ids)}, got {list(t.shape)}")
-    out = self.model(ids, self.tower(pixel_values_clip), attention_mask if attention_mask is None else torch.as_tensor(attention_mask, device=self.device), attention=True)
+    if attention_mask is not None: attention_mask = torch.as_tensor(attention_mask, device=self.device)
+    out = self.model(ids, self.tower(pixel_values_clip), attention_mask, attention=True)
     if not len(out.embeds): raise ValueError(f"input_ids has no {SEG} token (id {self.tokens.seg}): there is nothing to ground")
     B = len(sam_images)
-    pictures = self.sam.encode_batch(sam_images.to(self.sam.device).float(), _sizes(orig_hw, B, "orig_hw"), _sizes(resize_hw, B, "resize_hw"))
+    pictures = self.sam.encode_batch(sam_images.float(), _sizes(orig_hw, B, "orig_hw"), _sizes(resize_hw, B, "resize_hw"))
     return self._masks(out.embeds, out.layout.rows.tolist(), pictures, self._mean(out.attention))
 
 def _mean(self: LisaGenerator, attention: Tensor) -> Tensor: # float[n,L,heads,N] -> float[n,L,T]
@@ -137,7 +143,7 @@ def _mean(self: LisaGenerator, attention: Tensor) -> Tensor: # float[n,L,heads,N
 
 LisaGenerator._masks, LisaGenerator._mean, LisaGenerator.ground_tensors = _masks, _mean, ground_tensors
 
-# %% ../nbs/api/lisa.ipynb #ac3fb98b
+# %% ../nbs/api/lisa.ipynb #d9ab103e
 NO_SEG = f"the model wrote no {SEG}: it was appended to the answer to get a mask, the reference would return an empty one"
 
 def says_present(grounding: Grounding) -> list[bool]: # one for each [SEG]
@@ -169,7 +175,8 @@ def ground_many(self: LisaGenerator,
     where = layout(ids, self.tower.tokens, self.tokens.seg)
     cache = DynamicCache(config=self.model.config)
     self.model.model(inputs_embeds=self.model.splice(ids, features, where), past_key_values=cache, use_cache=True)
-    return [self._answer(p, len(head), where.columns, cache, embedding, min(max_new_tokens, r), reasoning) for p, r in zip(prompts, room)]
+    return [self._answer(p, len(head), where.columns, cache, embedding, min(max_new_tokens, r), reasoning)
+            for p, r in zip(prompts, room, strict=True)]
 
 def _room(self: LisaGenerator, prompt: list[int]) -> int:
     "New tokens that fit behind a prompt, one place kept for [SEG]."
@@ -180,8 +187,8 @@ def _room(self: LisaGenerator, prompt: list[int]) -> int:
 def _step(self: LisaGenerator, ids: list[int], cache: DynamicCache) -> Tensor: # float[1,S,D]
     return self.model.model(input_ids=torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True).last_hidden_state
 
-def _write(self: LisaGenerator, tail: list[int], cache: DynamicCache, most: int) -> tuple[list[int], bool]: # answer without </s>, was it finished
-    "Greedy answer; the cache is left as it was."
+def _write(self: LisaGenerator, tail: list[int], cache: DynamicCache, most: int) -> tuple[list[int], bool]: # answer, was it finished
+    "Greedy answer without its </s>; the cache is left as it was."
     before, answer, ids = cache.get_seq_length(), [], tail
     while len(answer) < most:
         logits = self.model.lm_head(self._step(ids, cache)[0, -1]).float()
@@ -192,7 +199,8 @@ def _write(self: LisaGenerator, tail: list[int], cache: DynamicCache, most: int)
     cache.crop(before - cache.get_seq_length())
     return answer, ids[0] == self.tokens.eos
 
-def _answer(self: LisaGenerator, prompt: list[int], start: int, columns: Tensor, cache: DynamicCache, embedding: ImageEmbedding, most: int, reasoning: bool) -> Grounding:
+def _answer(self: LisaGenerator, prompt: list[int], start: int, columns: Tensor, cache: DynamicCache, embedding: ImageEmbedding,
+            most: int, reasoning: bool) -> Grounding:
     "Answer one question behind the cached picture, then read the states and attention rows of its [SEG] tokens."
     answer, finished = self._write(prompt[start:], cache, most)
     text, notes, seg = self.tokens.decode(answer), (), self.tokens.seg

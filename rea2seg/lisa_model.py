@@ -19,10 +19,10 @@ from .attention import record_attention
 from .checkpoints import CheckpointError, load_strict
 from .lisa_prompt import IMAGE_ID
 
-# %% ../nbs/api/lisa_model.ipynb #86488bb7
-_llama = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "head_dim",
-          "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
-          "tie_word_embeddings", "bos_token_id", "eos_token_id")
+# %% ../nbs/api/lisa_model.ipynb #6f4144a6
+_llama = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+          "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+          "attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id")
 _needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "mm_hidden_size")
 
 def lisa_config(
@@ -31,12 +31,13 @@ def lisa_config(
 ) -> LlamaConfig:
     "The language model's configuration out of a `llava` one, with what LISA adds to it."
     if lost := [k for k in _needed if config.get(k) is None]: raise CheckpointError(f"config.json lacks {', '.join(lost)}")
-    pad = config.get("pad_token_id")
-    own = {k: config[k] for k in _llama if config.get(k) is not None} | {"pad_token_id": pad if pad is not None and 0 <= pad < config["vocab_size"] else None}
+    pad, words = config.get("pad_token_id"), config["vocab_size"]
+    own = {k: config[k] for k in _llama if config.get(k) is not None}
+    own["pad_token_id"] = pad if pad is not None and 0 <= pad < words else None
     own.setdefault("rms_norm_eps", 1e-6)
     try: out = LlamaConfig(**own, use_cache=False)
     except Exception as e: raise CheckpointError(f"config.json does not describe a Llama: {str(e).strip().splitlines()[-1].strip()}") from e
-    if not 0 <= seg < config["vocab_size"]: raise CheckpointError(f"[SEG] has id {seg}, the vocabulary of config.json {config['vocab_size']} tokens")
+    if not 0 <= seg < words: raise CheckpointError(f"[SEG] has id {seg}, the vocabulary of config.json {words} tokens")
     out.mm_hidden_size, out.mm_projector_type = config["mm_hidden_size"], config.get("mm_projector_type") or "linear"
     out.prompt_dim, out.seg_token_id = config.get("out_dim") or 256, seg
     return out
@@ -50,7 +51,7 @@ def projector(kind: str, inner: int, outer: int) -> nn.Module:
     for _ in range(int(found[1]) - 1): layers += [nn.GELU(), nn.Linear(outer, outer)]
     return nn.Sequential(*layers)
 
-# %% ../nbs/api/lisa_model.ipynb #478eeb15
+# %% ../nbs/api/lisa_model.ipynb #5380f03c
 @dataclass(frozen=True)
 class Layout:
     "Places of a batch of conversations once the picture fills `tokens` places."
@@ -75,7 +76,7 @@ class Layout:
 
     def spread(self, values: Tensor, fill) -> Tensor: # [B,S] -> [B,S+N-1]
         "Stretch what stands at the ids, `fill` in the picture's places."
-        return torch.stack([torch.cat([v[:i], v.new_full((self.tokens,), fill), v[i + 1:]]) for v, i in zip(values, self.image.tolist())])
+        return torch.stack([torch.cat([v[:i], v.new_full((self.tokens,), fill), v[i + 1:]]) for v, i in zip(values, self.image.tolist(), strict=True)])
 
 def layout(
     input_ids: Tensor,  # int[B,S], one IMAGE_ID in each row
@@ -85,14 +86,14 @@ def layout(
     "Find the picture and the [SEG] tokens."
     B, S = input_ids.shape
     images = input_ids == IMAGE_ID
-    if (images.sum(1) != 1).any(): raise ValueError(f"each row must hold one image place ({IMAGE_ID}), the rows have {images.sum(1).tolist()}")
+    if (counts := images.sum(1)).ne(1).any(): raise ValueError(f"each row must hold one image place ({IMAGE_ID}), they have {counts.tolist()}")
     image = images.long().argmax(1)
     rows, at = (input_ids == seg).nonzero(as_tuple=True)
     rows, at = rows[at > 0], at[at > 0] # nothing predicts a first token
     places = at - 1 + (tokens - 1) * (at > image[rows])
     return Layout(image, tokens, S + tokens - 1, rows, places)
 
-# %% ../nbs/api/lisa_model.ipynb #29995cce
+# %% ../nbs/api/lisa_model.ipynb #ab18cde9
 @dataclass
 class LisaOutput:
     "One forward pass over conversations with pictures."
@@ -119,7 +120,7 @@ class LisaModel(LlamaForCausalLM):
         "Word embeddings with the projected `features` float[1 or B,N,C] in the picture's place."
         words = self.model.embed_tokens(input_ids.clamp(min=0))
         seen = self.model.mm_projector(features.to(words.dtype)).expand(len(words), -1, -1)
-        return torch.stack([torch.cat([w[:i], s, w[i + 1:]]) for w, s, i in zip(words, seen, where.image.tolist())])
+        return torch.stack([torch.cat([w[:i], s, w[i + 1:]]) for w, s, i in zip(words, seen, where.image.tolist(), strict=True)])
 
     def forward(self,
         input_ids: Tensor | None = None,      # int[B,S] with one IMAGE_ID a row
@@ -133,12 +134,14 @@ class LisaModel(LlamaForCausalLM):
         if features is None: return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **llama)
         where = layout(input_ids, features.shape[1], self.config.seg_token_id)
         for name, t in (("attention_mask", attention_mask), ("labels", labels)):
-            if t is not None and t.shape != input_ids.shape: raise ValueError(f"{name} must be int{list(input_ids.shape)} as input_ids, got {list(t.shape)}")
+            if t is not None and t.shape != input_ids.shape:
+                raise ValueError(f"{name} must be int{list(input_ids.shape)} as input_ids, got {list(t.shape)}")
         if attention_mask is not None: attention_mask = where.spread(attention_mask.long(), 1)
         positions = torch.arange(where.length, device=input_ids.device)[None] # plain, whatever is masked
         queries, slots = where.queries
         with record_attention(self, queries, where.columns, heads="all", submodule=self.model) if attention else nullcontext() as recorded:
-            hidden = self.model(inputs_embeds=self.splice(input_ids, features, where), attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state
+            hidden = self.model(inputs_embeds=self.splice(input_ids, features, where), attention_mask=attention_mask,
+                                position_ids=positions, use_cache=False).last_hidden_state
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
@@ -147,7 +150,7 @@ class LisaModel(LlamaForCausalLM):
         embeds = self.prompt_embeds(hidden[where.rows, where.places])
         return LisaOutput(loss, logits, hidden, embeds, where, recorded.rows[:, where.rows, slots].transpose(0, 1) if attention else None)
 
-# %% ../nbs/api/lisa_model.ipynb #9abce7ef
+# %% ../nbs/api/lisa_model.ipynb #68ffaca0
 SAM_PREFIX, CLIP_PREFIX = "model.visual_model.", "model.vision_tower."
 
 def load_llm(
@@ -157,7 +160,8 @@ def load_llm(
     dtype: torch.dtype = torch.float32,
 ) -> LisaModel:
     "The language model of a checkpoint; no weight is ever drawn at random."
-    own = {k: v.to(dtype) for k, v in state.items() if not k.startswith((SAM_PREFIX, CLIP_PREFIX)) and not k.endswith("rotary_emb.inv_freq")}
+    others = lambda k: k.startswith((SAM_PREFIX, CLIP_PREFIX)) or k.endswith("rotary_emb.inv_freq")
+    own = {k: v.to(dtype) for k, v in state.items() if not others(k)}
     if config.tie_word_embeddings and "model.embed_tokens.weight" in own: own["lm_head.weight"] = own["model.embed_tokens.weight"]
     with torch.device("meta"): model = LisaModel(config)
     load_strict(model, own, where)

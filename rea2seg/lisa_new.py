@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_lisa', 'conversations', 'original_sam1', 'save_lisa']
 
-# %% ../nbs/api/lisa_new.ipynb #118a86c1
+# %% ../nbs/api/lisa_new.ipynb #97babea4
 import json
 import os
 import re
@@ -21,10 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from .clip_tower import ClipTower
 from .lisa import LisaGenerator
 from .lisa_model import SAM_PREFIX, LisaModel, lisa_config
-from .lisa_prompt import SEG, SYSTEM, LisaTokens, Token, ask, train_tokens
-from .sam1_model import Sam1, rename_sam1
+from .lisa_prompt import SEG, SYSTEM, LisaTokens, Token, ask
+from .sam1_model import Sam1
 
-# %% ../nbs/api/lisa_new.ipynb #4cfbff9c
+# %% ../nbs/api/lisa_new.ipynb #2d1d7fae
 def new_lisa(
     tokens: LisaTokens,  # for example of `train_tokens`
     llm: dict,           # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, ...: names of config.json
@@ -37,14 +37,15 @@ def new_lisa(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = ClipTower(CLIPVisionModel(CLIPVisionConfig(**clip)))
-        config = {"architectures": ["LISAForCausalLM"], "model_type": "llava", "vision_tower": "clip", "mm_vision_tower": "clip", "mm_hidden_size": tower.dim, "mm_vision_select_layer": tower.layer,
-                  "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": True, "image_aspect_ratio": "square", "use_mm_proj": True, "train_mask_decoder": True,
-                  "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": 0, "vocab_size": len(tokens), "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-                  "out_dim": sam.get("dim", 256), "tie_word_embeddings": False, **llm}
+        config = {"architectures": ["LISAForCausalLM"], "model_type": "llava", "vision_tower": "clip", "mm_vision_tower": "clip",
+                  "mm_hidden_size": tower.dim, "mm_vision_select_layer": tower.layer, "mm_vision_select_feature": "patch",
+                  "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": True, "image_aspect_ratio": "square", "use_mm_proj": True,
+                  "train_mask_decoder": True, "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": 0, "vocab_size": len(tokens),
+                  "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "out_dim": sam.get("dim", 256), "tie_word_embeddings": False, **llm}
         model = LisaModel(lisa_config(config, tokens.seg)).eval()
     return LisaGenerator(model, tower, Sam1.random(sam, seed), tokens, config, system=system)
 
-# %% ../nbs/api/lisa_new.ipynb #41e712d3
+# %% ../nbs/api/lisa_new.ipynb #36947049
 def conversations(
     generator: LisaGenerator,
     pairs: list[tuple[str, str]], # question, answer with [SEG]
@@ -56,21 +57,26 @@ def conversations(
         prompt = generator.prompt_ids(ask(question, explain))
         said = tokens.encode([*tokens.parse(answer.strip(), (SEG,)), Token("</s>")], bos=False)
         used, most = len(prompt) + len(said) + generator.tower.tokens - 1, generator.model.config.max_position_embeddings
-        if used > most: raise ValueError(f"the question is too long: with picture and answer it takes {used} places, the model has {most}: {question!r:.60}")
+        if used > most:
+            raise ValueError(f"the question is too long: with picture and answer it takes {used} places, the model has {most}: {question!r:.60}")
         rows.append((prompt + said, [-100] * len(prompt) + said))
     S = max(len(ids) for ids, _ in rows)
     put = lambda lists, fill: torch.tensor([row + [fill] * (S - len(row)) for row in lists], device=generator.device)
-    return {"input_ids": put([r[0] for r in rows], 0), "labels": put([r[1] for r in rows], -100), "attention_mask": put([[1] * len(r[0]) for r in rows], 0)}
+    ids, labels = zip(*rows, strict=True)
+    return {"input_ids": put(ids, 0), "labels": put(labels, -100), "attention_mask": put([[1] * len(i) for i in ids], 0)}
 
-# %% ../nbs/api/lisa_new.ipynb #9a2a7a54
+# %% ../nbs/api/lisa_new.ipynb #bf57a23b
 _mlp = r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\."
 _back = ((r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."), (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
-         (r"neck\.conv1\.", "neck.0."), (r"neck\.layer_norm1\.", "neck.1."), (r"neck\.conv2\.", "neck.2."), (r"neck\.layer_norm2\.", "neck.3."), (r"^vision_encoder\.", "image_encoder."),
-         (r"\.point_embed\.", ".point_embeddings."), (r"mask_embed\.conv1\.", "mask_downscaling.0."), (r"mask_embed\.layer_norm1\.", "mask_downscaling.1."), (r"mask_embed\.conv2\.", "mask_downscaling.3."),
-         (r"mask_embed\.layer_norm2\.", "mask_downscaling.4."), (r"mask_embed\.conv3\.", "mask_downscaling.6."), (r"upscale_conv1\.", "output_upscaling.0."),
-         (r"upscale_layer_norm\.", "output_upscaling.1."), (r"upscale_conv2\.", "output_upscaling.3."), (_mlp + r"layers\.0\.", r"\1.layers.1."), (_mlp + r"proj_in\.", r"\1.layers.0."),
-         (_mlp + r"proj_out\.", r"\1.layers.2."), (r"\.layer_norm(\d)\.", r".norm\1."), (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
-         (r"^(prompt_encoder\.shared_embedding|shared_image_embedding)\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"))
+         (r"neck\.conv1\.", "neck.0."), (r"neck\.layer_norm1\.", "neck.1."), (r"neck\.conv2\.", "neck.2."), (r"neck\.layer_norm2\.", "neck.3."),
+         (r"^vision_encoder\.", "image_encoder."), (r"\.point_embed\.", ".point_embeddings."), (r"mask_embed\.conv1\.", "mask_downscaling.0."),
+         (r"mask_embed\.layer_norm1\.", "mask_downscaling.1."), (r"mask_embed\.conv2\.", "mask_downscaling.3."),
+         (r"mask_embed\.layer_norm2\.", "mask_downscaling.4."), (r"mask_embed\.conv3\.", "mask_downscaling.6."),
+         (r"upscale_conv1\.", "output_upscaling.0."), (r"upscale_layer_norm\.", "output_upscaling.1."), (r"upscale_conv2\.", "output_upscaling.3."),
+         (_mlp + r"layers\.0\.", r"\1.layers.1."), (_mlp + r"proj_in\.", r"\1.layers.0."), (_mlp + r"proj_out\.", r"\1.layers.2."),
+         (r"\.layer_norm(\d)\.", r".norm\1."), (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+         (r"^(prompt_encoder\.shared_embedding|shared_image_embedding)\.positional_embedding$",
+          "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"))
 
 def original_sam1(sam: Sam1) -> dict[str, Tensor]:
     "SAM's weights under their original names."
@@ -93,15 +99,17 @@ def save_lisa(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.parent / f".{folder.name}.{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
-    state = generator.model.state_dict()
+    state = dict(generator.model.state_dict())
     if generator.model.config.tie_word_embeddings: state.pop("lm_head.weight", None)
-    config = {**generator.config, "vision_tower": "clip", "mm_vision_tower": "clip", "torch_dtype": str(dtype or generator.model.dtype).removeprefix("torch.")}
-    extra = {"sam_vit": generator.sam.config.to_dict(), "system": generator.system}
+    state |= {SAM_PREFIX + k: v for k, v in original_sam1(generator.sam).items()}
+    kind = str(dtype or generator.model.dtype).removeprefix("torch.")
+    config = {**generator.config, "vision_tower": "clip", "mm_vision_tower": "clip", "torch_dtype": kind}
+    texts = {"config.json": config, "rea2seg.json": {"sam_vit": generator.sam.config.to_dict(), "system": generator.system},
+             "generation_config.json": {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}}
     try:
         new.mkdir()
-        save_file(_tensors({**state, **{SAM_PREFIX + k: v for k, v in original_sam1(generator.sam).items()}}, dtype), new / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config.json", config), ("rea2seg.json", extra), ("generation_config.json", {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})):
-            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+        save_file(_tensors(state, dtype), new / "model.safetensors", metadata={"format": "pt"})
+        for name, content in texts.items(): (new / name).write_text(json.dumps(content, indent=2) + "\n")
         generator.tokens.save(new)
         generator.tower.save(new / "clip")
         if folder.exists(): os.replace(folder, old)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from .checkpoints import CheckpointError, read_json
 
-# %% ../nbs/api/lisa_prompt.ipynb #fe2a6c11
+# %% ../nbs/api/lisa_prompt.ipynb #95a79c4a
 class SentencePieces:
     "Text to ids and back through `tokenizer.model`."
     def __init__(self, blob: bytes, where: str = "tokenizer.model"):
@@ -34,8 +34,10 @@ class JsonPieces:
         try:
             spec = json.loads(blob)
             ids = {t["content"]: t["id"] for t in spec.get("added_tokens") or []} | dict(spec["model"]["vocab"])
-            self.tk = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
-        except Exception as e: raise CheckpointError(f"{where} is not a tokenizer with a BPE vocabulary: {e}") from e # tokenizers raises bare Exception
+            bare = spec | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self.tk = Tokenizer.from_str(json.dumps(bare))
+        except Exception as e: # tokenizers raises bare Exception
+            raise CheckpointError(f"{where} is not a tokenizer with a BPE vocabulary: {e}") from e
         self.bos, self.eos, self.unk = (ids.get(t, -1) for t in ("<s>", "</s>", "<unk>"))
     def __len__(self): return self.tk.get_vocab_size()
     def encode(self, text: str) -> list[int]: return self.tk.encode(text, add_special_tokens=False).ids
@@ -118,7 +120,7 @@ class LisaTokens:
             if i in self.names and i not in (self.bos, self.eos, self.pieces.unk): texts.append(self.names[i])
         return " ".join(t for t in texts if t)
 
-# %% ../nbs/api/lisa_prompt.ipynb #4816d20e
+# %% ../nbs/api/lisa_prompt.ipynb #fcd09796
 def train_tokens(
     texts: list[str],          # what the vocabulary is learned from
     size: int = 320,           # at most so many pieces, 259 of them bytes and control
@@ -126,13 +128,15 @@ def train_tokens(
 ) -> LisaTokens:
     "A byte-fallback BPE in Llama's conventions (no normalisation, word mark in front, white space kept)."
     blob = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=blob, vocab_size=size, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=blob, vocab_size=size, model_type="bpe", byte_fallback=True, character_coverage=1.0,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, pad_id=-1, minloglevel=2)
     pieces = SentencePieces(blob.getvalue())
     ids = {str(t): len(pieces) + k for k, t in enumerate(added)}
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    files = {"tokenizer.model": blob.getvalue(), "added_tokens.json": json.dumps(ids, indent=2).encode(), "special_tokens_map.json": json.dumps(special, indent=2).encode(),
-             "tokenizer_config.json": json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False, **special}, indent=2).encode()}
+    spec = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False, **special}
+    texts_of = {"added_tokens.json": ids, "special_tokens_map.json": special, "tokenizer_config.json": spec}
+    files = {"tokenizer.model": blob.getvalue()} | {name: json.dumps(content, indent=2).encode() for name, content in texts_of.items()}
     return LisaTokens(pieces, ids, files)
 
 # %% ../nbs/api/lisa_prompt.ipynb #89b1f9c0

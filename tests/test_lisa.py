@@ -2,6 +2,8 @@
 import json
 import re
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from rea2seg.generators import load_generator
 from rea2seg.lisa import NO_SEG, LisaGenerator, says_present
 from rea2seg.lisa_model import layout
 from rea2seg.lisa_new import conversations, new_lisa, original_sam1, save_lisa
-from rea2seg.lisa_prompt import END, IMAGE, IMAGE_ID, SEG, START, LisaTokens, Token, prompt_parts, train_tokens
+from rea2seg.lisa_prompt import END, IMAGE_ID, SEG, START, LisaTokens, Token, prompt_parts, train_tokens
 from rea2seg.sam_core import normalise
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -76,9 +78,10 @@ def test_text_becomes_the_references_ids(case):
     assert tokens.seg == case.meta["seg_token_idx"] and ids.count(IMAGE_ID) == 1
 
 def test_batch_of_questions_becomes_the_references_ids(sesame):
-    for ids, text, pads in zip(sesame.inputs["batch2_prompt_ids"].tolist(), sesame.meta["batch2"]["questions"], sesame.meta["batch2"]["left_pads"]):
+    meta = sesame.meta["batch2"]
+    for ids, text, pads in zip(sesame.inputs["batch2_prompt_ids"].tolist(), meta["questions"], meta["left_pads"], strict=True):
         assert [0] * pads + sesame.gen.prompt_ids(text) == ids
-    for ids, answer in zip(sesame.meta["batch2"]["answer_ids"], sesame.meta["batch2"]["answers"]):
+    for ids, answer in zip(meta["answer_ids"], meta["answers"], strict=True):
         assert sesame.gen.tokens.encode(sesame.gen.tokens.parse(answer), bos=False) == ids
 
 def test_clip_pixels(case):
@@ -155,7 +158,8 @@ def test_padded_batch_attends_to_its_padding(sesame):
 
 def _next_place(gen, monkeypatch):
     real = lisa_model.Layout.__init__
-    monkeypatch.setattr(lisa_model.Layout, "__init__", lambda self, image, tokens, length, rows, places: real(self, image, tokens, length, rows, places + 1))
+    def later(self, image, tokens, length, rows, places): real(self, image, tokens, length, rows, places + 1)
+    monkeypatch.setattr(lisa_model.Layout, "__init__", later)
 
 def _last_layer(gen, monkeypatch): monkeypatch.setattr(gen.tower, "layer", -1)
 
@@ -210,23 +214,22 @@ def test_a_question_never_makes_tokens(words):
     plain = tokens.encode(prompt_parts("x", "System."))
     for i in (tokens.seg, IMAGE_ID, tokens.bos, tokens.eos, tokens.pieces.unk, tokens.added[START], tokens.added[END]): assert ids.count(i) == plain.count(i)
 
-def _tokens(cache=[]):
-    if not cache: cache.append(train_tokens(["the car is red. USER: ASSISTANT: Give a mask [SEG] of it, please."] * 9, 300))
-    return cache[0]
+@cache
+def _tokens(): return train_tokens(["the car is red. USER: ASSISTANT: Give a mask [SEG] of it, please."] * 9, 300)
 
 @given(words=st.lists(st.sampled_from(["the car", " red ", "\n", " [SEG] ", "[SEG]", "<im_start>", "<im_end> ", " it", "é", "."]), max_size=10))
 @settings(max_examples=60, deadline=None)
 def test_trusted_text_as_transformers_tokenizer_without_white_space(words):
     text, tokens, real = "".join(words), _tokens(), _llama()
-    assume(not any(p.startswith(" ") and not isinstance(p, Token) for p in tokens.parse(text.strip("\n"))[:1])) # there transformers 5 drops a blank that the trained tokenizer keeps
+    assume(not text.strip("\n").startswith(" ")) # there transformers 5 drops a blank that the trained tokenizer keeps
     bare = re.sub(r"\s*(\[SEG\]|<im_start>|<im_end>)\s*", r"\1", text)
     assert tokens.encode(tokens.parse(text)) == real(bare).input_ids
 
-def _llama(cache=[]):
-    if not cache:
-        import tempfile
-        with tempfile.TemporaryDirectory() as tmp: _tokens().save(tmp); cache.append(LlamaTokenizer.from_pretrained(tmp, legacy=True))
-    return cache[0]
+@cache
+def _llama():
+    with tempfile.TemporaryDirectory() as tmp:
+        _tokens().save(tmp)
+        return LlamaTokenizer.from_pretrained(tmp, legacy=True)
 
 def test_tokenizer_json_alone_gives_the_same_ids(case, tmp_path):
     real = LlamaTokenizer.from_pretrained(case.folder, legacy=True)
@@ -313,7 +316,7 @@ def test_class_token_among_the_features(picture, tmp_path):
 def says(gen, monkeypatch, *answers):
     "Let the model answer what we want."
     said = iter([gen.tokens.encode(gen.tokens.parse(a, (SEG,)), bos=False) for a in answers])
-    monkeypatch.setattr(gen, "_write", lambda tail, cache, most: (next(said), True))
+    monkeypatch.setattr(gen, "_write", lambda tail, kept, most: (next(said), True))
 
 def test_ground_is_ground_tensors(case, monkeypatch):
     "Cached prefix, own preprocessing and prompt give what the whole sequence gives."
@@ -344,7 +347,7 @@ def test_many_questions_encode_once_and_do_not_mix(tiny, picture, monkeypatch):
     questions = ["the car", "What is red in this picture?", "x", "the car"]
     many = tiny.ground_many(picture, questions, max_new_tokens=6)
     assert calls == {"clip": 1, "sam": 1}
-    for q, g in zip(questions, many):
+    for q, g in zip(questions, many, strict=True):
         one = tiny.ground(picture, q, max_new_tokens=6, embedding=many[0].embedding)
         assert g.answer == one.answer
         close(g.logits, one.logits, MASK); close(g.attention_layers, one.attention_layers, 1e-5)
