@@ -153,7 +153,8 @@ class World:
                 return pool.count(self.word(i, args[0])) == best
             case "letters":
                 sign = -1 if args[0] == "most" else 1
-                return self.ranked(i, 1, [j for j in self.members(rest) if self.text(j)], lambda j: sign * len(self.text(j)))
+                count = lambda j: len([c for c in self.text(j) if c.isalpha()])
+                return self.ranked(i, 1, [j for j in self.members(rest) if count(j)], lambda j: sign * count(j))
             case "camouflaged": return self.hidden(i)
             case "thin": return self.obj[i].kind in THIN
         raise AssertionError(op)

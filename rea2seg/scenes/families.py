@@ -42,7 +42,7 @@ def filters(words, source=SCENE):
     for attr, value in sorted(words, key=lambda w: w[0] != "kind"): source = ("filter", attr, value, source)
     return source
 
-# %% ../../nbs/api/scenes_families.ipynb #560d4994
+# %% ../../nbs/api/scenes_families.ipynb #7766ed7f
 def descriptions(view: View, i: int) -> list[tuple[tuple, int, int]]: # words, sure, maybe
     "Every combination of words that surely apply to an object."
     key = ("descriptions", i)
@@ -92,7 +92,7 @@ def several(view: View, rng: Random, related: tuple[int, int], avoid: tuple = ()
     "Words that select at least two of a related set, certainly, and something outside it."
     i = choose(rng, related[0] & view.sets["scene"][0])
     if i is None: return None
-    options = [w for w, s, m in descriptions(view, i) if related[0] & s == related[1] & m and (related[0] & s).bit_count() > 1 and s & ~related[0]
+    options = [w for w, s, m in descriptions(view, i) if related[0] & s == related[1] & m and 1 < (related[0] & s).bit_count() <= view.rules.set_most and s & ~related[0]
                and all(a not in avoid for a, _ in w)]
     return rng.choice(options) if options else None
 
@@ -275,7 +275,7 @@ def thin(view, rng):
     relation = rng.choice(SIDES)
     return ("the", ("relate", relation, found[1], ("thin", SCENE))), "position", slots | {"rel": RELATION_WORDS[relation], "a": definite(found[1])}
 
-# %% ../../nbs/api/scenes_families.ipynb #00a5ee78
+# %% ../../nbs/api/scenes_families.ipynb #9e80256f
 def _condition(view, rng, s, mine: int): # mine: sure members of s -> set program, how it reads
     "A relation that may single out a member of a set."
     if not (found := anchor(view, rng, ~mine)): return None
@@ -341,6 +341,7 @@ def by_one_letter(view, rng):
     i = choose(rng, ok & view.word("kind", kind)[0] if kind else ok)
     if i is None: return None
     t, place = texts(view)[i], rng.choice(("first", "any"))
+    if not t.isalpha(): return None
     chosen = ("letter", place, t[0] if place == "first" else rng.choice(t), filters([("kind", view.objects[i].kind)]))
     part = _part(view, rng, view.objects[i].kind) if rng.random() < .5 else None
     if part: return ("part", part, ("the", chosen)), "part", _of(part, definite(("the", chosen)))
@@ -372,10 +373,10 @@ def near_the_largest(view, rng):
         return ("part", part, chosen), "part", _of(part, definite(chosen))
     return _compare_to(view, rng, s, chosen)
 
-@family("multi-step", "counting")
+@family("multi-step", "counting", "counting")
 def by_count(view, rng):
     kind, words = _category(view, rng), group(view, rng, 2, ("kind", "colour", "material"))
-    if kind is None or words is None: return None
+    if kind is None or words is None or words == (("kind", kind),): return None
     s, counted, relation = filters([("kind", kind)]), filters(words), rng.choice(SIDES + ("on", "on"))
     slots = nouns(s) | {"us": phrase(counted, True), "it": it(relation), "rel": RELATION_WORDS[relation]}
     if rng.random() < .5:

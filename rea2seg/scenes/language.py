@@ -49,20 +49,23 @@ def ranking(k: int, order: str) -> str:
     "`second from the left`, `tallest`, `second tallest`."
     return f"{ORDINALS[k]} {SIDES_FROM[order]}" if order in SIDES_FROM else ("" if k == 1 else ORDINALS[k] + " ") + order
 
-# %% ../../nbs/api/scenes_language.ipynb #44159c6e
+# %% ../../nbs/api/scenes_language.ipynb #7b409b5a
 def phrase(s, plural: bool = False, head: str = "object") -> str:
     "A set program as a noun phrase without article: `small red cube`, `mug to the left of the lamp`."
-    adjectives, behind, kind = {}, [], head
+    adjectives, front, behind, kind, use = {}, [], [], head, None
     for node in path(s):
         op = node[0]
         if op == "filter":
             if node[1] == "kind": kind = node[2]
             else: adjectives[node[1]] = ADJECTIVES.get(node[2], node[2])
-        elif op == "purpose": kind, behind = "thing", [USES[node[1]]] + behind
-        elif op not in ("scene", "everything"): behind.insert(0, _behind(node, plural))
-    front = [adjectives[x] for x in _adjective_order if x in adjectives]
-    if "thin" in (n[0] for n in path(s)): front.insert(0, "thin"); behind = [b for b in behind if b]
-    return " ".join([*front, noun(kind, plural), *filter(None, behind)])
+        elif op == "purpose": kind, use = "thing", USES[node[1]]
+        elif op == "thin": front.append("thin")
+        elif op == "rank" and node[2] not in SIDES_FROM: front.insert(0, ranking(node[1], node[2]))
+        elif op not in ("scene", "everything"): behind.insert(0, (op, _behind(node, plural)))
+    front += [adjectives[x] for x in _adjective_order if x in adjectives]
+    linked = [f"that {'are' if plural else 'is'} {text}" if op in _linking and (use or op == "nth" or k) else text for k, (op, text) in enumerate(behind)]
+    return " ".join([*front, noun(kind, plural), *filter(None, [use, *linked])])
+_linking = ("relate", "nth", "closer", "between")
 
 def _behind(node, plural: bool) -> str:
     op = node[0]
@@ -91,7 +94,7 @@ def definite(program) -> str:
     "`the red cube`, for a program that names one object."
     return "the " + phrase(program[1])
 
-# %% ../../nbs/api/scenes_language.ipynb #4a63cdb9
+# %% ../../nbs/api/scenes_language.ipynb #6f2ccf04
 TEMPLATES = {
   "same": ("Which {t} has the same {attr} as {a}?", "Find the {t} that shares its {attr} with {a}.", "What {t} matches {a} in {attr}?",
            "Segment the {t} that is of the same {attr} as {a}.", "Look at {a}. Which {t} has the same {attr}?", "~Point out the {t} whose {attr} equals that of {a}."),
@@ -110,7 +113,7 @@ TEMPLATES = {
   "nth": ("Which {t} is the {close} {a}?", "Find the {t} that is {close} {a}.", "Of all {ts}, which one is the {close} {a}?", "Segment the {t} {close} {a}.",
           "~Point out the {t} that stands {close} {a}."),
   "order": ("Of the {ts} {rel} {a}, which one is the {rank}?", "Look at the {ts} {rel} {a}. Which one is the {rank}?", "Among the {ts} {rel} {a}, find the {rank}.",
-            "Segment the {rank} of the {ts} {rel} {a}.", "~Point out the {rank} among all {ts} that are {rel} {a}."),
+            "Segment the one that is the {rank} of the {ts} {rel} {a}.", "~Point out the {rank} among all {ts} that are {rel} {a}."),
   "topological": ("Which {t} is {rel} {a}?", "Find the {t} that is {rel} {a}.", "Segment the {t} {rel} {a}.", "There are several {ts}. Which one is {rel} {a}?",
                   "~Point out the {t} that can be found {rel} {a}."),
   "closer": ("Which {t} is closer to {a} than to {b}?", "Find the {t} that is nearer to {a} than to {b}.", "Segment the {t} closer to {a} than to {b}.",

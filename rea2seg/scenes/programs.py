@@ -163,7 +163,7 @@ def closer(v, a, b, s):
     beats = lambda p, q, i: v.far[i][p] * r < v.far[i][q] and v.far_xy[i][p] < v.far_xy[i][q]
     return sure & v.bits(lambda i: beats(a, b, i)), maybe & ~v.bits(lambda i: beats(b, a, i))
 
-# %% ../../nbs/api/scenes_programs.ipynb #0e071f2a
+# %% ../../nbs/api/scenes_programs.ipynb #ae73a96b
 def _counts(v: View, relation: str, s) -> tuple[list[int], list[int]]:
     sure, maybe = run(v, s)
     found = [v.relate(relation, i) for i in range(v.n)]
@@ -212,8 +212,8 @@ def readable(v: View) -> int:
 def letters(v, quantity, s):
     sure, maybe = run(v, s)
     t, ok, sign = texts(v), readable(v), 1 if quantity == "most" else -1
-    written = v.bits(lambda i: t[i] is not None)
     count = [sum(map(str.isalpha, text or "")) for text in t]
+    written = v.bits(lambda i: count[i] > 0)
     low = [sign * count[i] if ok >> i & 1 else -99 for i in range(v.n)]
     high = [sign * count[i] if ok >> i & 1 else 99 for i in range(v.n)]
     return pick(1, beaten(v, low, high), (sure & written & ok, maybe & written))

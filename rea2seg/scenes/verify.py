@@ -162,7 +162,7 @@ def _multistep(view, program, answer, subtype) -> tuple[str, str]:
 def _warmup(view, program, answer, subtype) -> tuple[str, str]: return "", ""
 _rules = {"geometric": _geometric, "spatial": _spatial, "discriminative": _discriminative, "multi-step": _multistep, "warmup": _warmup}
 
-# %% ../../nbs/api/scenes_verify.ipynb #a83bed15
+# %% ../../nbs/api/scenes_verify.ipynb #14ab2312
 def verify(
     view: View,
     program,                        # nested lists or tuples
@@ -180,6 +180,7 @@ def verify(
     if reason: return Verdict(False, reason, detail, answer)
     if expected is not None and set(map(tuple, expected)) != set(answer.targets(view)):
         return Verdict(False, "incorrect", f"expected {sorted(map(tuple, expected))}, the program names {list(answer.targets(view))}", answer)
+    if category != "warmup" and answer.sure.bit_count() > view.rules.set_most: return Verdict(False, "form", f"a set of {answer.sure.bit_count()}", answer)
     if detail := unseen(view, answer, subtype): return Verdict(False, "invisible", detail, answer)
     if category != "warmup" and (detail := shortcut(view, program, answer, everywhere=category == "multi-step")):
         return Verdict(False, "shortcut", detail, answer)

@@ -232,7 +232,7 @@ def between(self: View, a: int, b: int) -> tuple[int, int]:
 
 for f in (word, relate, _side, _order, _size, nearer, between): setattr(View, f.__name__, f)
 
-# %% ../../nbs/api/scenes_view.ipynb #33f435a8
+# %% ../../nbs/api/scenes_view.ipynb #a15752b3
 def _chain(self: View, i: int) -> list[int]:
     "What object i stands on, and what that stands on."
     out, at = [], self.objects[i].on
@@ -308,6 +308,7 @@ def _covered(self: View, name, o):
         front = [j for j in range(self.n) if j != i and share[j] > .05 and self.ground[j] < self.ground[i]]
         if o not in front: continue
         maybe |= 1 << i
+        if self.ids[o] in (self.objects[i].inside, self.objects[i].on): continue # within it, rather than behind it
         fits = r.hidden_low <= self.fraction[i] <= r.hidden_high and self.px[i] >= r.hidden_px
         if fits and share[o] >= r.hidden_overlap and all(share[j] < .15 for j in front if j != o): sure |= 1 << i
     return sure, maybe
