@@ -61,7 +61,7 @@ def layout_settings() -> LayoutSettings:
     "The numbers of `settings.ini`."
     return load_section(LayoutSettings, "world.scenes")
 
-# %% ../../nbs/api/scenes_layout.ipynb #821afe1a
+# %% ../../nbs/api/scenes_layout.ipynb #b764d41a
 @dataclass
 class Wish:
     "What a theme asks for; `None` leaves a choice to chance."
@@ -79,7 +79,7 @@ class Wish:
 SOLIDS = ("sphere", "cube", "cylinder", "cone", "torus", "capsule")
 THINGS = ("mug", "doll", "snowman", "lamp", "table", "dumbbell", "lollipop", "signboard", "crate", "tray")
 SMALL_THINGS = ("sphere", "cube", "cylinder", "cone", "torus", "mug", "lollipop", "capsule", "dumbbell", "doll", "snowman", "lamp")
-LABELS = "ABCEFHKLMNPRTUXYZ23456789" # no letter that another could be taken for
+LABELS = "ABCEFHKLMNPRTUXYZ" # no letter that another could be taken for
 
 class Draw:
     "A generator with the choices that themes make, kept to pairs of kind and colour that are allowed."
@@ -109,7 +109,7 @@ class Draw:
 
     def material(self) -> str: return MATERIALS[int(self.chance(self.s.metal))]
 
-# %% ../../nbs/api/scenes_layout.ipynb #75fe8bf4
+# %% ../../nbs/api/scenes_layout.ipynb #de0e678c
 def clevr(d: Draw, n: int) -> list[Wish]:
     "CLEVR: three shapes, two sizes, two materials, eight colours."
     return [d.wish(d.of(CLEVR_KINDS)) for _ in range(n)]
@@ -126,6 +126,8 @@ def spatial(d: Draw, n: int) -> list[Wish]:
     kind = d.of(SOLIDS + ("mug", "doll", "snowman", "lamp", "dumbbell", "lollipop"))
     row = [d.wish(kind, size="large" if kind not in SOLIDS or d.chance(.5) else "small") for _ in range(int(d.rng.integers(3, 5)))]
     holders = [bearer(d, k) for k in d.some(("table", "crate", "tray", "cube", "cylinder"), 1 + int(d.chance(.5)))]
+    fits = [h for h in holders if h.kind in ("table", "tray") and kind in SMALL_THINGS or kind in SOLIDS]
+    if fits and d.chance(.6): fits[0].children[0] = d.wish(kind, size="small") # one of the row, on or in something
     used = len(row) + sum(1 + len(h.children) + len(h.under) for h in holders)
     return holders + row + [d.wish(d.of([k for k in SOLIDS + THINGS if k != kind])) for _ in range(max(1, n - used))]
 
@@ -154,14 +156,14 @@ def occlusion(d: Draw, n: int) -> list[Wish]:
     return wishes + [d.wish(d.of(SOLIDS + THINGS)) for _ in range(max(1, n - len(wishes)))]
 
 def thin(d: Draw, n: int) -> list[Wish]:
-    "Rods, wires and rings among solid things."
-    slender = [d.wish(d.of(THIN_KINDS), size=d.of(("small", "large", "large")), role="target" if i == 0 else "") for i in range(int(d.rng.integers(2, 4)))]
+    "A rod, a wire or a ring among solid things, sometimes a few."
+    slender = [d.wish(d.of(THIN_KINDS), size=d.of(("small", "large", "large")), role="target" if i == 0 else "") for i in range(1 if d.chance(.6) else int(d.rng.integers(2, 4)))]
     return slender + [d.wish(d.of(SOLIDS + THINGS)) for _ in range(max(1, n - len(slender)))]
 
 def multistep(d: Draw, n: int) -> list[Wish]:
     "Labelled things of one category, things with parts, something in or on something."
     kind = d.of(("cube", "mug", "doll", "signboard", "lollipop", "sphere", "cylinder", "snowman"))
-    row = [d.wish(kind, size="large", text=d.label(1 + int(kind == "signboard" and d.chance(.5)))) for _ in range(int(d.rng.integers(2, 5)))]
+    row = [d.wish(kind, size="large", text=d.label(int(d.rng.integers(1, 4 if kind == "signboard" else 3)))) for _ in range(int(d.rng.integers(2, 5)))]
     holder = [bearer(d, d.of(("table", "crate", "tray")))] if d.chance(.6) else []
     used = len(row) + sum(1 + len(h.children) + len(h.under) for h in holder)
     return holder + row + [d.wish(d.of(THINGS + ("cone", "torus", "rod", "ring", "ladder", "fork")), plain=False, size="large") for _ in range(max(1, n - used))]
