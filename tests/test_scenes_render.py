@@ -204,7 +204,13 @@ def test_same_seed_same_picture():
         assert np.abs(seen.image.astype(float).mean(-1).reshape(4, 16, 4, 16).mean((1, 3)) - grid).max() < 1.5
 
 
-PINNED = []
+PINNED = [
+    (11, 'multistep', 'cyan table cyan dumbbell brown capsule yellow capsule blue lollipop red lollipop cyan lollipop cyan torus', [106, 20, 17, 8, 88, 40, 129, 44], [[209.4, 210.2, 207.5, 205.6], [188.3, 206.1, 194.8, 213.6], [164.0, 186.7, 192.4, 214.6], [211.9, 213.6, 214.8, 215.2]]),
+    (3, 'clevr', 'purple cylinder yellow cylinder red cylinder green cube purple cube', [223, 61, 47, 26, 203], [[216.0, 212.4, 216.8, 217.2], [218.6, 198.4, 219.2, 219.5], [193.3, 156.7, 191.4, 220.5], [172.5, 174.9, 216.5, 221.3]]),
+    (5, 'spatial', 'blue table brown cone purple torus green cone yellow cone red cone yellow tray brown crate', [221, 53, 12, 12, 48, 75, 27, 92], [[182.8, 189.0, 193.6, 193.9], [201.7, 196.0, 201.0, 213.0], [187.3, 164.1, 178.3, 224.4], [217.9, 178.4, 185.1, 229.7]]),
+    (2, 'occlusion', 'purple cube purple signboard green lamp brown mug', [40, 81, 21, 82], [[193.3, 193.3, 193.4, 193.3], [172.3, 166.6, 195.2, 195.5], [224.1, 221.1, 221.5, 214.7], [229.5, 228.1, 224.5, 182.3]]),
+    (4, 'camouflage', 'purple torus yellow dumbbell brown cylinder green cylinder green cube blue mug', [13, 79, 38, 51, 99, 47], [[213.6, 213.3, 212.9, 212.5], [209.4, 183.2, 206.6, 208.3], [194.9, 187.5, 187.2, 201.5], [198.9, 191.0, 185.2, 197.6]]),
+]
 
 
 def test_text_is_on_its_part():

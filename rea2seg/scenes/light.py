@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Lamps', 'lamps', 'shadow_rectangles', 'jitter', 'world_table', 'shadow', 'ball_radius', 'soften']
 
-# %% ../../nbs/api/scenes_light.ipynb #ab1e3ecf
-import math
+# %% ../../nbs/api/scenes_light.ipynb #daf2d0fe
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from .cast import Packed, corners, found, pairs, rectangles, take
 from .primitives import HITS, TYPES
 
-# %% ../../nbs/api/scenes_light.ipynb #1ae394bd
+# %% ../../nbs/api/scenes_light.ipynb #10d75f29
 @dataclass(frozen=True)
 class Lamps:
     "The lamps of B scenes; L = 3: key, fill, ambient."
@@ -28,7 +27,7 @@ class Lamps:
 
 # key: distance, half side, colour; fill: distance, half side, colour; ambient colour from above, from below; horizon, zenith
 _models = {"studio": ((14., 1.3, (1.9, 1.8, 1.65)), (14., 2., (.55, .6, .68)), (.62, .62, .64), (.22, .21, .20), (.62, .62, .63), (.9, .9, .92)),
-           "sun": ((250., 5., (2.7, 2.5, 2.1)), (14., 2., (0., 0., 0.)), (.52, .62, .82), (.24, .21, .17), (.70, .80, .95), (.22, .42, .85))}
+           "sun": ((250., 5., (2.7, 2.5, 2.1)), (14., 0., (0., 0., 0.)), (.52, .62, .82), (.24, .21, .17), (.70, .80, .95), (.22, .42, .85))}
 
 def lamps(packed: Packed) -> Lamps:
     "Place the lamps of every scene about its camera's target."
@@ -36,13 +35,13 @@ def lamps(packed: Packed) -> Lamps:
     azimuth, elevation, strength = packed.light[:, 1:].T
     toward = lambda a, e: torch.stack([a.cos() * e.cos(), a.sin() * e.cos(), e.sin()], -1)
     key = packed.target + f(0, 0)[:, None] * toward(azimuth, elevation)
-    fill = packed.target + f(1, 0)[:, None] * toward(azimuth + 2.2, elevation * .75)
+    fill = packed.target + f(1, 0)[:, None] * toward(azimuth + 2.2, elevation * .9)
     above = packed.target + torch.tensor([0., 0., 40.])
     s = strength[:, None]
-    return Lamps(torch.stack([key, fill, above], 1), torch.stack([f(0, 1), f(1, 1), torch.full_like(strength, 48.)], 1),
+    return Lamps(torch.stack([key, fill, above], 1), torch.stack([f(0, 1), f(1, 1), torch.full_like(strength, 30.)], 1),
                  torch.stack([f(0, 2) * s, f(1, 2) * s, f(2, None) * s], 1), f(3, None) * s, f(4, None) * s, f(5, None) * s)
 
-# %% ../../nbs/api/scenes_light.ipynb #3a7e2e0b
+# %% ../../nbs/api/scenes_light.ipynb #6d07416f
 def shadow_rectangles(packed: Packed, where: Tensor, half: Tensor, size_hw) -> Tensor: # int64[N,4]
     "Pixels that each solid can keep the light of one lamp from: lamp at float64[B,3] with half side float64[B]."
     points = corners(packed)
@@ -78,7 +77,7 @@ def shadow(
     way = spot - at
     facing = (way * normal).sum(0) > 0
     free = torch.ones_like(facing)
-    boxes = shadow_rectangles(packed, where, half, size_hw)
+    boxes = shadow_rectangles(packed, where, half, size_hw) * (half > 0)[packed.scene][:, None] # a lamp of no size is switched off
     for kind in range(len(TYPES)):
         for solid, _, _, pixel in pairs(found(packed.kind == kind), boxes, packed.scene, size_hw, device):
             turned = found(take(facing, pixel))

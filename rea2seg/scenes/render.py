@@ -6,14 +6,13 @@
 __all__ = ['Points', 'surface_points', 'front_room', 'look_table', 'albedo', 'backdrop', 'shade', 'gloss', 'border', 'antialias',
            'RenderedBatch', 'measure', 'render_packed', 'to_records', 'render']
 
-# %% ../../nbs/api/scenes_render.ipynb #5c147865
+# %% ../../nbs/api/scenes_render.ipynb #7b3ad8ca
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .cast import (GROUND, SKY, Cast, Packed, cast, check_size, found, ground_depth, join, meet, pack, pairs,
+from .cast import (GROUND, SKY, Cast, Packed, cast, check_size, found, join, meet, pack, pairs,
                                  pixel_scale, split, take, view_rays)
 from .graph import TEXTURES, Facts, Rendered, Scene
 from .light import Lamps, lamps, shadow, soften, world_table
@@ -175,7 +174,7 @@ def gloss(out, base, view, n, lamp, metal, open_, ambient, lights: Lamps, scene,
     mirror = room * (base * 1.05 + (1 - base) * (.06 + .5 * edge)) * (.35 + .65 * open_)
     return torch.where(metal, .16 * out + mirror + shine * (.35 + .65 * base), out + shine + edge * .08 * room)
 
-# %% ../../nbs/api/scenes_render.ipynb #6b582d3d
+# %% ../../nbs/api/scenes_render.ipynb #f2cc0189
 _spots = ((-.125, -.375), (.375, -.125), (-.375, .125), (.125, .375)) # rotated grid
 
 def border(surface: Tensor) -> Tensor: # bool[B,H,W]
@@ -195,29 +194,28 @@ def antialias(packed: Packed, seen: Cast, light: Tensor, size_hw) -> Tensor: # f
     where = found(edge)
     E = len(where)
     slot = torch.zeros_like(edge, dtype=torch.int64); slot[where] = torch.arange(E, device=device)
-    key = torch.full((4, E), torch.iinfo(torch.int64).max, device=device)
+    spots = torch.tensor(_spots, device=device).T[:, :, None] # x, y: float32[2,4,1]
+    key = torch.full((4 * E,), torch.iinfo(torch.int64).max, device=device)
     for kind in range(len(TYPES)):
         for solid, x, y, pixel in pairs(found(packed.kind == kind), seen.boxes, packed.scene, size_hw, device):
             i = found(take(edge, pixel))
-            solid, x, y, at = take(solid, i), take(x, i) + (.5 - W / 2), (H / 2 - .5) - take(y, i), take(slot, take(pixel, i))
-            for k, (dx, dy) in enumerate(_spots):
-                t, face = meet(kind, seen.table, solid, x + dx, y - dy)
-                got = found(t.isfinite())
-                key[k].scatter_reduce_(0, take(at, got), join(take(t, got), take(solid, got), take(face, got)), "amin")
-    u, v, axes = view_rays(packed, size_hw, device)
-    k = pixel_scale(packed, size_hw).to(device, torch.float32).view(-1, 1, 1)
+            solid, at = take(solid, i).repeat(4), (take(slot, take(pixel, i)) + E * torch.arange(4, device=device)[:, None]).view(-1)
+            u, v = (take(x, i) + (.5 - W / 2) + spots[0]).view(-1), ((H / 2 - .5) - take(y, i) - spots[1]).view(-1)
+            t, face = meet(kind, seen.table, solid, u, v)
+            got = found(t.isfinite())
+            key.scatter_reduce_(0, take(at, got), join(take(t, got), take(solid, got), take(face, got)), "amin")
     b, y, x = where // (H * W), where // W % H, where % W
-    flat = light.transpose(0, 1).reshape(3, -1)
-    total = take(flat, where)
+    k, eye, drop = (take(v.to(device, torch.float32).movedim(0, -1).contiguous(), b) for v in (pixel_scale(packed, size_hw), packed.eye[:, 2], packed.axes[:, :, 2]))
+    fall = drop[2] + (x + .5 - W / 2 + spots[0]) * k * drop[0] + (H / 2 - .5 - y - spots[1]) * k * drop[1]
+    _, solid, face = split(key.view(4, E), torch.where(fall < -1e-6, -eye / fall, torch.inf))
+    wanted = torch.where(solid >= 0, (solid << 3) | face, solid)
+    # the colour of a surface is taken from the pixel itself, else a neighbour by side, else one by corner; one that no centre sees is left out
     padded = torch.nn.functional.pad(surface, (1, 1, 1, 1), value=-9)
-    around = torch.stack([padded[b, y + dy, x + dx] for dy in (1, 0, 2) for dx in (1, 0, 2)]) # the pixel itself first
-    order = torch.tensor([(dy - 1) * W + dx - 1 for dy in (1, 0, 2) for dx in (1, 0, 2)], device=device)
-    for i, (dx, dy) in enumerate(_spots):
-        _, solid, face = split(key[i], take(ground_depth(packed, u + dx * k, v - dy * k, axes).view(-1), where))
-        wanted = torch.where(solid >= 0, (solid << 3) | face, solid)
-        same = around == wanted
-        pick = where + torch.where(same.any(0), order[same.int().argmax(0)], 0) # a surface that no neighbour's centre sees: keep the pixel's own
-        total = total + take(flat, pick)
+    pick = where.expand(4, E)
+    for dy, dx in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)):
+        pick = torch.where(padded[b, y + (1 + dy), x + (1 + dx)] == wanted, where + (dy * W + dx), pick)
+    flat = light.transpose(0, 1).reshape(3, -1)
+    total = take(flat, where) + take(flat, pick.reshape(-1)).view(3, 4, E).sum(1)
     flat = flat.clone()
     flat[:, where] = total / 5
     return flat.view(3, B, H, W).transpose(0, 1)
@@ -276,7 +274,7 @@ def render_packed(
         pick = lambda table: torch.where(none, -1, take(table.to(device), some).view_as(none) if len(table) else -1).to(torch.int16)
         return RenderedBatch(image, pick(packed.object_id[packed.owner]), pick(packed.part_index[packed.part]), seen.t, **measure(packed, seen, size_hw))
 
-# %% ../../nbs/api/scenes_render.ipynb #a1ab3287
+# %% ../../nbs/api/scenes_render.ipynb #5b0fc800
 def to_records(batch: RenderedBatch, scenes: list[Scene]) -> list[Rendered]:
     "The batch as one numpy record per scene."
     b = {k: getattr(batch, k).cpu() for k in batch.__dataclass_fields__}
@@ -299,7 +297,7 @@ def render(
 ) -> list[Rendered]:
     "Pictures with exact masks, parts, depth and facts of some scenes."
     H, W = check_size(size_hw)
-    at_once = max(1, (1 << 17 if torch.device(device).type == "cpu" else 1 << 24) // (H * W))
+    at_once = max(1, (1 << 18 if torch.device(device).type == "cpu" else 1 << 24) // (H * W))
     out = []
     for i in range(0, len(scenes), at_once):
         chunk = scenes[i:i + at_once]
