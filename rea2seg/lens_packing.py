@@ -65,7 +65,7 @@ def lay_out(
     return Layout(grid(ids, 0), grid(block, PAD), grid(places, 1), torch.tensor([list(r) for r in query_at], device=device),
                   torch.tensor(image_of, device=device), predict[:, :2], predict[:, 2], predict[:, 3])
 
-# %% ../nbs/api/lens_packing.ipynb #9cc2b93f
+# %% ../nbs/api/lens_packing.ipynb #643c1cdc
 @dataclass
 class Packed:
     "What every question got, in the order of pictures and questions."
@@ -95,8 +95,9 @@ def packed(self: LensModel,
     embeds = embeds.masked_scatter(slot[..., None], self.learnable_query.to(embeds.dtype).expand(N, -1, -1).reshape(N * q, -1))
     mask, implementation = plan.mask, self.model.config._attn_implementation
     if self.model.has_sliding_layers: raise ValueError("packing does not support sliding-window layers")
-    if implementation == "eager": mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-    elif "sdpa" not in implementation: raise ValueError(f"packing needs sdpa or eager attention for its mask, this model runs {implementation}")
+    # as numbers: sdpa would turn booleans into them again in every layer
+    mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+    if not implementation.endswith(("sdpa", "eager")): raise ValueError(f"packing needs sdpa or eager attention for its mask, this model runs {implementation}")
     run = lambda: self.model(inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=_rope(self, plan, prefixes, grids), use_cache=False)
     rows = None
     if attention:
