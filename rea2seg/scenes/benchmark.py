@@ -299,7 +299,7 @@ class World:
                     checked = path
                 yield Sample(**{**row, "image": path})
 
-# %% ../../nbs/api/scenes_benchmark.ipynb #45a31d88
+# %% ../../nbs/api/scenes_benchmark.ipynb #ed8fc4a3
 def load_world(
     split: str = "test",                       # test | val | train | general
     n: int | None = None,                      # samples; None: all of test (and general), `val_samples` of val, no end of train
@@ -319,7 +319,7 @@ def load_world(
             category, _, sub = name.partition("/")
             check_subtype(category, sub or None)
             if not isinstance(c, int) or c < 0: raise WorldError(f"count of {name} must be a whole number, got {c!r}")
-            table |= {(category, sub): c} if sub else scaled({(category, s): 1 for s in SUBTYPES[category]}, c)
+            table |= {(category, sub): c} if sub else scaled({(category, s): 1 for s in SUBTYPES[category]}, c) if c else {}
     if categories is not None:
         chosen = [categories] if isinstance(categories, str) else list(categories)
         for c in chosen: check_subtype(*c.partition("/")[::2]) if "/" in c else check_subtype(c)

@@ -14,13 +14,14 @@ from collections import Counter
 from .programs import Answer, one, path, references, run, texts
 from .view import View, members
 
-# %% ../../nbs/api/scenes_language.ipynb #26792356
+# %% ../../nbs/api/scenes_language.ipynb #e6b4d5d1
 NOUNS = {"torus": ("donut", "donuts"), "signboard": ("sign", "signs"), "snowman": ("snowman", "snowmen"), "thing": ("thing", "things"), "object": ("object", "objects")}
 ADJECTIVES = {"stripes": "striped", "checker": "checkered", "dots": "dotted", "camouflage": "mottled", "speckle": "speckled"}
 ATTRIBUTE_NAMES = {"kind": "shape", "colour": "color", "material": "material", "size": "size", "texture": "pattern"}
-USES = {"drink": "one drinks from", "light": "that gives light", "table": "one eats at", "lift": "one lifts to get strong", "lick": "a child likes to lick",
-        "melt": "that melts in the sun", "toy": "a child plays with", "read": "that tells people where to go", "climb": "one climbs up", "eat": "one eats with",
-        "store": "one packs toys into", "carry": "a waiter carries"}
+USES = {"drink": ("one drinks from",) * 2, "light": ("that gives light", "that give light"), "table": ("one eats at",) * 2, "lift": ("one lifts to get strong",) * 2,
+        "lick": ("a child likes to lick",) * 2, "melt": ("that melts in the sun", "that melt in the sun"), "toy": ("a child plays with",) * 2,
+        "read": ("that tells people where to go", "that tell people where to go"), "climb": ("one climbs up",) * 2, "eat": ("one eats with",) * 2,
+        "store": ("one packs toys into",) * 2, "carry": ("a waiter carries",) * 2} # of one thing, of several
 RELATION_WORDS = {"left": "to the left of", "right": "to the right of", "front": "in front of", "behind": "behind", "on": "on", "under": "under", "inside": "inside",
                   "outside": "outside", "above": "above", "below": "below", "next": "right next to", "covered": "hidden behind",
                   **{c: f"{c} than" for c in ("larger", "smaller", "taller", "shorter")}}
@@ -49,7 +50,7 @@ def ranking(k: int, order: str) -> str:
     "`second from the left`, `tallest`, `second tallest`."
     return f"{ORDINALS[k]} {SIDES_FROM[order]}" if order in SIDES_FROM else ("" if k == 1 else ORDINALS[k] + " ") + order
 
-# %% ../../nbs/api/scenes_language.ipynb #7b409b5a
+# %% ../../nbs/api/scenes_language.ipynb #fc58beaf
 def phrase(s, plural: bool = False, head: str = "object") -> str:
     "A set program as a noun phrase without article: `small red cube`, `mug to the left of the lamp`."
     adjectives, front, behind, kind, use = {}, [], [], head, None
@@ -58,7 +59,7 @@ def phrase(s, plural: bool = False, head: str = "object") -> str:
         if op == "filter":
             if node[1] == "kind": kind = node[2]
             else: adjectives[node[1]] = ADJECTIVES.get(node[2], node[2])
-        elif op == "purpose": kind, use = "thing", USES[node[1]]
+        elif op == "purpose": kind, use = "thing", USES[node[1]][plural]
         elif op == "thin": front.append("thin")
         elif op == "rank" and node[2] not in SIDES_FROM: front.insert(0, ranking(node[1], node[2]))
         elif op not in ("scene", "everything"): behind.insert(0, (op, _behind(node, plural)))
@@ -179,7 +180,7 @@ def vocabulary(text: str) -> list[str]:
     "The words of a text, lower case, single capital letters kept."
     return [w if len(w) == 1 and w.isupper() and w != "A" else w.lower() for w in re.findall(r"[A-Za-z0-9]+", text)]
 
-# %% ../../nbs/api/scenes_language.ipynb #9276c88f
+# %% ../../nbs/api/scenes_language.ipynb #ecc9ab72
 def name_of(view: View, i: int) -> str:
     "An object in full: `small red metal cube`."
     o = view.objects[i]
@@ -246,7 +247,7 @@ def reasoning(view: View, program, answer: Answer) -> str:
             count = Counter({w: (s & pool).bit_count() for w, (s, _) in view.words[node[1]].items()}).most_common(2)
             word = lambda w: noun(w, True) if node[1] == "kind" else ADJECTIVES.get(w, w)
             lines.append("Most common " + ATTRIBUTE_NAMES[node[1]] + ": " + listing([f"{NUMBERS[min(k, 12)]} {word(w)}" for w, k in count if k]) + ".")
-        what = _behind(node, True) if node[0] not in ("filter", "purpose", "thin") else {"filter": phrase(node, True), "thin": "thin"}.get(node[0]) or f"things {USES[node[1]]}"
+        what = _behind(node, True) if node[0] not in ("filter", "purpose", "thin") else {"filter": phrase(node, True), "thin": "thin"}.get(node[0]) or f"things {USES[node[1]][1]}"
         lines.append(f"{what[0].upper()}{what[1:]}: {left}.")
     i = answer.sure.bit_length() - 1
     if answer.many: lines.append(f"So the answer is {'the ' + part_noun(answer.part, True) + ' of ' if answer.part else ''}{those(view, answer.sure)}.")
