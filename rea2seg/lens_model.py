@@ -106,7 +106,7 @@ def sam_grid(
     angles = 2 * torch.pi * (at[:, :1] * table[0] + at[:, 1:] * table[1])
     return torch.cat([angles.sin(), angles.cos()], -1)
 
-# %% ../nbs/api/lens_model.ipynb #bdc409f1
+# %% ../nbs/api/lens_model.ipynb #6025a99e
 @dataclass
 class QueryPass:
     "What the language model says at the query places."
@@ -164,7 +164,9 @@ class LensModel(nn.Module):
             raise ValueError(f"pixel_values has {len(pixel_values)} patches, image_grid_thw {image_grid_thw.tolist()} asks for {int(image_grid_thw.prod(-1).sum())}")
         tokens = self.visual(pixel_values.to(self.device, self.dtype), grid_thw=image_grid_thw.to(self.device)).pooler_output
         if self.sam_position is None: return tokens
-        places = torch.cat([sam_grid(self.gaussian, self.grid_hw(g)).repeat(int(g[0]), 1) for g in image_grid_thw])
+        sizes = [(int(g[0]), self.grid_hw(g)) for g in image_grid_thw.cpu()]
+        table = {hw: sam_grid(self.gaussian, hw) for hw in {hw for _, hw in sizes}}  # a batch mostly has one size
+        places = torch.cat([table[hw].repeat(t, 1) for t, hw in sizes])
         return tokens + self.sam_position(places.to(self.dtype))
 
     def embed(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LETTERS', 'ATTRIBUTES', 'part_attributes', 'part_objects', 'answer_parts', 'build_pack', 'Pack', 'sam_batches']
 
-# %% ../../nbs/api/train_pack.ipynb #05126bed
+# %% ../../nbs/api/train_pack.ipynb #263e4ad4
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..scenes.graph import COLOURS, KINDS, MATERIALS, SHADES, SIZES, TEXTURES, Rendered, Scene
-from ..scenes.layout import sample_scene
+from ..scenes.benchmark import scene_seed, world_scene
 from ..scenes.questions import questions_for
 from ..scenes.render import render
 
@@ -58,7 +58,7 @@ def answer_parts(scene: Scene, targets) -> list[int]: # part indices
     "A compact answer, (object id, part name or None for all of it), as part indices."
     return [i for i, (o, name) in enumerate(scene.parts) if any(o == t and (part is None or part == name) for t, part in targets)]
 
-# %% ../../nbs/api/train_pack.ipynb #bf3ee2ff
+# %% ../../nbs/api/train_pack.ipynb #be756e1a
 def _questions(job) -> tuple[list[dict], np.ndarray, np.ndarray]:
     "Everything about one scene that the CPU has to think about."
     scene, facts, n, seed, size_hw = job
@@ -66,13 +66,15 @@ def _questions(job) -> tuple[list[dict], np.ndarray, np.ndarray]:
     found = [{"q": q.question, "a": answer_parts(scene, q.answer), "c": q.category, "s": q.subtype} for q in questions_for(scene, facts, rng, n, size_hw=size_hw)]
     return found, part_objects(scene), part_attributes(scene)
 
-def _scene(job) -> Scene: return sample_scene(*job)
+def _scene(job) -> Scene: return world_scene(*job)
 
 def build_pack(
     folder: str | Path,
     scenes: int,                # how many
-    first_seed: int,            # scene i has the seed first_seed + i
-    themes: tuple[str, ...],    # drawn in turn
+    themes: tuple[str, ...],    # in turn
+    split: str = "train",       # whose seeds the scenes have: train or val, never test
+    seed: int = 0,              # of the split
+    first: int = 0,             # number of the first scene
     questions: int = 24,        # per scene
     size_hw: tuple[int, int] = (256, 256),
     device: str = "cpu",
@@ -85,7 +87,7 @@ def build_pack(
     with ProcessPoolExecutor(max(workers, 1), mp_context=get_context("forkserver")) as pool:
         spread = (lambda f, jobs: map(f, jobs)) if workers == 0 else lambda f, jobs: pool.map(f, jobs, chunksize=4)
         todo = [s for s in range(0, scenes, shard) if not (folder / f"pack-{s:07d}.npz").exists()]
-        layouts = lambda start: spread(_scene, [(s, themes[s % len(themes)]) for s in range(first_seed + start, first_seed + min(start + shard, scenes))])
+        layouts = lambda start: spread(_scene, [(split, scene_seed(split, seed, k), themes[k % len(themes)], size_hw) for k in range(first + start, first + min(start + shard, scenes))])
         waiting, ahead = [], layouts(todo[0]) if todo else None
         bar = tqdm(total=len(todo), desc="pack", disable=not progress, mininterval=2)
         for k, start in enumerate(todo):  # while one shard is drawn, the workers lay out the next one and question the last one

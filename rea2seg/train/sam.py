@@ -96,7 +96,7 @@ def sample_pixels(
     W = masks.shape[-1]
     return torch.stack([index % W, index // W], -1), value > 0
 
-# %% ../../nbs/api/train_sam.ipynb #3cdac3b3
+# %% ../../nbs/api/train_sam.ipynb #8ca0606f
 def position_grid(sam: Sam2, hw: tuple[int, int], centres: bool = True) -> Tensor: # float[H*W,C]
     "SAM's Fourier position of every pixel of a picture of that size."
     H, W = hw
@@ -115,7 +115,8 @@ def region_tokens(
     B, P, H, W = weights.shape
     grid = position_grid(sam, (H, W)) if grid is None else grid
     flat = weights.flatten(2).float()
-    return flat @ grid / flat.sum(-1, keepdim=True).clamp(min=1e-6) + sam.parts.points[2].weight.float()
+    with torch.autocast(flat.device.type, enabled=False): mean = flat @ grid.float() / flat.sum(-1, keepdim=True).clamp(min=1e-6)
+    return mean + sam.parts.points[2].weight.float()
 
 # %% ../../nbs/api/train_sam.ipynb #70010a8f
 def mask_losses(logits: Tensor, target: Tensor, bce: float, dice: float) -> Tensor: # float[N]

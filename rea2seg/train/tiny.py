@@ -27,13 +27,11 @@ from .loop import Tracker, fit
 from .pack import Pack, build_pack, sam_batches
 from .sam import SamTrainee, SamTraining, masks_of, new_sam, object_rows, one_hot_rows, part_pixels, sample_pixels, sam_pixels
 
-# %% ../../nbs/api/train_tiny.ipynb #db4a37a7
+# %% ../../nbs/api/train_tiny.ipynb #7bbccbb2
 @dataclass(frozen=True)
 class PackSettings:
     "`[tiny.pack]`: which scenes the embedded stack is trained on."
     scenes: int
-    first_seed: int      # of the train split; validation starts at `val_seed`
-    val_seed: int
     val_scenes: int
     questions: int       # per scene
     themes: str          # comma-separated
@@ -45,12 +43,12 @@ class PackSettings:
 def make_packs(folder: str | Path, device: str = "cpu", workers: int = 2, scenes: int | None = None, first: int = 0) -> Path:
     "The train pack, or scenes `first` to `first + scenes` of it."
     s = load_section(PackSettings, "tiny.pack")
-    return build_pack(folder, scenes or s.scenes, s.first_seed + first, s.theme_list, s.questions, (s.size, s.size), device, workers)
+    return build_pack(folder, scenes or s.scenes, s.theme_list, "train", 0, first, s.questions, (s.size, s.size), device, workers)
 
 def make_validation(folder: str | Path, device: str = "cpu", workers: int = 2, scenes: int | None = None) -> Path:
     "Scenes that no training sees."
     s = load_section(PackSettings, "tiny.pack")
-    return build_pack(folder, scenes or s.val_scenes, s.val_seed, s.theme_list, s.questions, (s.size, s.size), device, workers)
+    return build_pack(folder, scenes or s.val_scenes, s.theme_list, "val", 0, 0, s.questions, (s.size, s.size), device, workers)
 
 # %% ../../nbs/api/train_tiny.ipynb #70ff1759
 def save_sam(sam: Sam2, folder: str | Path, report: dict | None = None) -> Path:
@@ -133,7 +131,7 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
         print("small generator:", json.dumps(report))
     return generator
 
-# %% ../../nbs/api/train_tiny.ipynb #97b91d6b
+# %% ../../nbs/api/train_tiny.ipynb #2f9030a7
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.tiny STEP`."
     p = argparse.ArgumentParser(prog="rea2seg.train.tiny", description=main.__doc__)
@@ -148,13 +146,14 @@ def main(argv: list[str] | None = None):
     changes = {k: kinds[k](v) for k, v in (pair.split("=", 1) for pair in a.set)}
     if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
+    torch.set_float32_matmul_precision("high")
     pack = Pack.load(a.pack, a.scenes, device=a.device)
     validation = Pack.load(a.validation, device=a.device) if a.validation else None
     tracker = Tracker(name=f"tiny-{a.step}", config=vars(a), folder=Path(a.out))
     if a.step == "sam": train_sam(pack, a.out, validation, a.minutes, a.device, tracker, a.start, **changes)
     else:
         from rea2seg.generators import load_generator
-        start = load_generator(a.start) if a.start else None
+        start = load_generator(a.start, sam=read_sam(a.sam) if a.sam else None) if a.start else None
         train_generator(pack, start.sam if start else read_sam(a.sam), a.out, validation, a.minutes, a.device, tracker, start, **changes)
     tracker.finish()
 
