@@ -144,6 +144,7 @@ def main():
         start = clock(); function()
         if args.device != "cpu": torch.cuda.synchronize()
         return clock() - start
+    out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
     rows = []
     with torch.inference_mode():
         for name, settings in cases.items():
@@ -162,9 +163,8 @@ def main():
                              speedup=round(by_round("official", "ours"), 2), over_floor=round(by_round("ours", "floor"), 2),
                              size=args.size, image=args.image, threads=args.threads, clock=args.clock, rounds=args.rounds, device=args.device))
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("size", "image", "threads", "clock", "rounds", "device")), flush=True)
-    out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
-    with open(out / "candidates.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0]); writer.writeheader(); writer.writerows(rows)
+            with open(out / "candidates.csv", "w", newline="") as file: # after every case, so that a stopped run leaves what it has
+                writer = csv.DictWriter(file, rows[0]); writer.writeheader(); writer.writerows(rows)
 
 
 if __name__ == "__main__": main()
