@@ -40,7 +40,7 @@ def region_means(
     mean = (rows @ logits.float() * columns).sum(1) / (rows.sum(1) * columns.sum(1))
     return torch.where(in_x & in_y, mean, -torch.inf), in_x & in_y
 
-# %% ../nbs/api/seeds.ipynb #defd4f3a
+# %% ../nbs/api/seeds.ipynb #7970eb47
 def allocate(
     weights: Tensor,    # float[n] >= 0; all zero counts as equal
     total: int,         # K, points to share out
@@ -53,6 +53,7 @@ def allocate(
     while left:
         ideal = w * open_
         if not ideal.any(): ideal = open_.double()
+        ideal = ideal / ideal.max() # weights may be so small that their reciprocal overflows
         ideal = ideal * (left / ideal.sum())
         if (full := open_ & (ideal > room)).any(): # these are settled, the others share the rest anew
             given[full], open_ = room[full], open_ & ~full

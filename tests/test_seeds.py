@@ -52,10 +52,17 @@ def test_shares(pairs, total):
     given_ = allocate(w, total, room)
     assert given_.sum() == min(total, room.sum()) and (given_ <= room).all() and (given_ >= 0).all()
     assert torch.equal(given_, allocate(w, total, room))
-    if w.sum() > 0 and (w / w.sum() * total <= room).all(): assert ((given_ - w / w.sum() * total).abs() < 1 + 1e-6).all() # quota rule
+    if w.max() > 0:
+        quota = w / w.max() / (w / w.max()).sum() * total
+        if (quota <= room).all(): assert ((given_ - quota).abs() < 1 + 1e-6).all()
     order = w.argsort()
     full = given_ == room
     for i, j in zip(order, order[1:], strict=False): assert w[j] - w[i] < 1e-6 or given_[i] <= given_[j] or full[j] # a larger weight never gets less
+
+
+def test_shares_of_vanishing_weights():
+    assert allocate(torch.tensor([0., 2e-308, 1e-308], dtype=torch.float64), 6, torch.tensor([9, 9, 9])).tolist() == [0, 4, 2]
+    assert allocate(torch.tensor([5e-324, 0.], dtype=torch.float64), 3, torch.tensor([2, 9])).tolist() == [2, 1]
 
 
 def test_rerank_drops_sinks_and_keeps_order():
