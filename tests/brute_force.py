@@ -5,6 +5,7 @@ everything is measured anew from the masks, the depth map and the scene graph, t
 Where a choice is a matter of taste (are slivers part of the scene? is distance meant in space or in the picture?) both readings must give one answer.
 """
 import math
+from copy import copy
 from itertools import product
 
 import numpy as np
@@ -18,12 +19,11 @@ THIN = {"ring", "rod", "ladder", "fork", "frame", "stand"}
 
 
 class World:
-    def __init__(self, scene: Scene, seen: Rendered, least_px: int, metric: str, camouflaged: bool = True):
-        self.scene, self.seen, self.metric = scene, seen, metric
+    def __init__(self, scene: Scene, seen: Rendered):
+        self.scene, self.seen, self.alone = scene, seen, {}
         self.obj = {o.id: o for o in scene.objects}
         self.mask = {i: seen.object_ids == i for i in self.obj}
         self.px = {i: int(m.sum()) for i, m in self.mask.items()}
-        self.universe = [i for i in self.obj if self.px[i] >= max(1, least_px) and (camouflaged or not self.hidden(i))]
         ys, xs = np.indices(seen.object_ids.shape)
         self.cx = {i: xs[self.mask[i]].mean() for i in self.obj if self.px[i]}
         self.cy = {i: ys[self.mask[i]].mean() for i in self.obj if self.px[i]}
@@ -98,8 +98,10 @@ class World:
         from dataclasses import replace
 
         from rea2seg.scenes.render import render
-        o = self.obj[back]
-        alone = render([replace(self.scene, objects=(replace(o, on=None, inside=None),))], self.seen.object_ids.shape)[0].object_ids == back
+        if back not in self.alone:
+            lonely = replace(self.scene, objects=(replace(self.obj[back], on=None, inside=None),))
+            self.alone[back] = render([lonely], self.seen.object_ids.shape)[0].object_ids == back
+        alone = self.alone[back]
         lost = alone & ~self.mask[back]
         return lost.sum() > .35 * alone.sum() and (lost & self.mask[front]).sum() > .6 * lost.sum()
 
@@ -170,15 +172,23 @@ class World:
         return found, part
 
 
-def readings(scene: Scene, seen: Rendered, everything: bool, least_px: int = 60):
-    """The four readings: slivers and camouflaged things counted or not, distances in space or in the picture."""
-    area = seen.object_ids.size / 256**2
-    for (px, hidden), metric in product(((1, True), (least_px * area, everything)), ("space", "picture")): yield World(scene, seen, px, metric, hidden)
+def readings(scene: Scene, seen: Rendered, least_px: int = 60):
+    """The readings: slivers and camouflaged things counted or not, distances in space or in the picture."""
+    area, first = seen.object_ids.size / 256**2, World(scene, seen)
+    out = []
+    for (px, hidden), metric in product(((1, True), (least_px * area, True), (least_px * area, False)), ("space", "picture")):
+        world = copy(first)
+        world.metric, world.camouflaged = metric, hidden
+        world.universe = [i for i in world.obj if world.px[i] >= px and (hidden or not world.hidden(i))]
+        out.append(world)
+    return out
 
 
-def check(scene: Scene, seen: Rendered, program, answer, mask: np.ndarray):
+def check(worlds: list[World], program, answer, mask: np.ndarray):
     """Every reading has exactly one answer: the given one, whose pixels are the mask."""
-    for world in readings(scene, seen, "everything" in str(program)):
+    seen = worlds[0].seen
+    for world in worlds:
+        if "everything" in str(program) and not world.camouflaged: continue # the question is about what is hard to see
         found, part = world.answers(program)
         assert {(i, part) for i in found} == {tuple(a) for a in answer}, f"{program}: brute force finds {found} {part}, given is {answer}"
     pixels = np.zeros(mask.shape, bool)

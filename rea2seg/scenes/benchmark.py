@@ -96,10 +96,10 @@ def scene_seed(split: str, seed: int, k: int) -> int:
 _ranges = sorted(r[:2] for r in SPLITS.values())
 assert all(a[1] <= b[0] for a, b in zip(_ranges, _ranges[1:])), "splits overlap"
 
-# %% ../../nbs/api/scenes_benchmark.ipynb #9302447a
-FITTING = {"geometric": ("clevr", "clevr", "mixed"), "spatial": ("spatial",), "discriminative/camouflaged": ("camouflage",), "discriminative/occluded": ("occlusion",),
+# %% ../../nbs/api/scenes_benchmark.ipynb #761cf837
+FITTING = {"geometric": ("clevr", "clevr", "clevr", "mixed"), "spatial": ("spatial",), "discriminative/camouflaged": ("camouflage",), "discriminative/occluded": ("occlusion",),
            "discriminative/thin": ("thin",), "multi-step/letters": ("multistep",), "multi-step/counting": ("spatial", "clevr"),
-           "multi-step": ("multistep", "spatial", "mixed")} # themes of a sub-type, else of its category
+           "multi-step": ("multistep", "spatial", "mixed"), "warmup": ("mixed", "clevr", "multistep")} # themes of a sub-type, else of its category
 FORBIDDEN = lambda split: frozenset() if split == "general" else frozenset((kind, colour) for colour, kind in language_rules().pairs) # held-out pairs never appear elsewhere
 
 def fitting(key: Key) -> tuple[str, ...]: return FITTING.get("/".join(key)) or FITTING[key[0]]
@@ -138,7 +138,7 @@ def compose(
         for theme, scene, seen in zip(themes, scenes, render(scenes, size_hw)):
             found = []
             view, rng = View(scene, seen), Random(scene.seed)
-            for key in [x for x in shares.open() if theme in fitting(x)] + [x for x in shares.open() if theme not in fitting(x) and x[0] != "discriminative"]:
+            for key in [x for x in shares.open() if theme in fitting(x)] + [x for x in shares.open() if theme not in fitting(x) and x[0] in ("spatial", "multi-step")]:
                 if len(found) == rules.per_scene: break
                 q = next((q for q in (attempt(view, *key, rng, novel) for _ in range(rules.tries)) if q and q.program not in [f.program for f in found]), None)
                 if q: found.append(q); shares.made[key] += 1; shares.idle[key] = 0
