@@ -39,7 +39,7 @@ class Verdict:
 
     def __bool__(self) -> bool: return self.ok
 
-# %% ../../nbs/api/scenes_verify.ipynb #12d47e9b
+# %% ../../nbs/api/scenes_verify.ipynb #95dad006
 def ablations(program, within: bool = True) -> Iterator[tuple[str, tuple]]: # operation, the program without it
     "Every program that lacks one operation of this one; `within` looks into what relations refer to as well."
     op, *args = program
@@ -60,14 +60,13 @@ def substitutions(program, view: View, spare: int) -> Iterator[list[tuple]]:
 def _replaced(program, depth: int, node: tuple) -> tuple:
     return node if not depth else (*program[:-1], _replaced(program[-1], depth - 1, node))
 
-def needless(view: View, program, answer: Answer) -> bool:
-    "Does a shortened program still name the same answer, up to rivals that are themselves doubtful?"
+def needless(view: View, program, answer: Answer, anchors: int = 0) -> bool:
+    "Does a shortened program leave no clear rival to the answer? What the question itself refers to is none: it would fall out by elimination."
     try: less = execute(view, program)
     except Unclear as e: return e.reason == "doubtful"
-    if less.many: return not less.sure & ~answer.sure
-    return less.sure.bit_count() < 2 and (less.sure == answer.sure or bool(less.maybe & answer.sure))
+    return not less.sure & ~answer.sure & ~anchors
 
-# %% ../../nbs/api/scenes_verify.ipynb #6ad29196
+# %% ../../nbs/api/scenes_verify.ipynb #f93e9a54
 def uncertain(view: View, program) -> tuple[Answer | None, str, str]: # answer, reason, detail
     "Rules on certainty (figures S2 and S4, ambiguity)."
     try: answer = execute(view, program)
@@ -93,14 +92,15 @@ def targets_words(program) -> list: # intrinsic operations on the target's path
 
 def shortcut(view: View, program, answer: Answer, everywhere: bool) -> str: # the operation that is not needed, or empty
     "Does the target's own description suffice, or can one relation be left out (figure S2, shortcut)?"
-    bare = program
+    bare, anchors = program, 0
+    for ref in references(program): anchors |= execute(view, ref).sure
     while True:
         less = next((p for op, p in ablations(bare, within=False) if op in RELATIONAL), None)
         if less is None: break
         bare = less
-    if bare != program and needless(view, bare, answer): return "the target's own attributes suffice"
+    if bare != program and needless(view, bare, answer, anchors): return "the target's own attributes suffice"
     for op, less in ablations(program, within=everywhere):
-        if (op in RELATIONAL or everywhere and op in ("purpose", "with", "letter")) and needless(view, less, answer): return f"{op} is not needed"
+        if (op in RELATIONAL or everywhere and op in ("purpose", "with", "letter")) and needless(view, less, answer, anchors): return f"{op} is not needed"
     return ""
 
 # %% ../../nbs/api/scenes_verify.ipynb #f6a0ffe7
