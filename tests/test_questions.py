@@ -49,9 +49,10 @@ def by_hand(*objects, px=None, ground=(None, "floor"), **parts):
         o = dict(scale=.7, size="large") | (rest[0] if rest else {})
         z = o.pop("z", 0)
         made.append(make_object(i, kind, colour, (x, y, z), **o))
-    px = px or {}
-    facts = [Facts(o.id, px.get(o.id, 900), 900, px.get(o.id, 900) / 900, (128 + 20 * o.xyz[0], 150 - 12 * o.xyz[1] - 15 * o.xyz[2]), (0, 0, 1, 1), 10 + o.xyz[1],
-                   {p: px.get(o.id, 900) / len(o.part_names) for p in o.part_names}) for o in made]
+    alone = {o.id: round(900 * (o.scale / .7) ** 2) for o in made}
+    px = alone | (px or {})
+    facts = [Facts(o.id, px[o.id], alone[o.id], px[o.id] / alone[o.id], (128 + 20 * o.xyz[0], 150 - 12 * o.xyz[1] - 15 * o.xyz[2]), (0, 0, 1, 1), 10 + o.xyz[1],
+                   {p: px[o.id] / len(o.part_names) for p in o.part_names}) for o in made]
     return View(Scene(0, tuple(made), Camera((0, -10, 6), (0, 0, 0), 35), Lights("studio", .6, .9), *ground), facts, (256, 256))
 
 
@@ -129,6 +130,14 @@ ball, cubes = the(F("kind", "sphere")), F("kind", "cube")
     (("all", ("relate", "larger", ball, cubes)), "shortcut")])                                        # both cubes are
 def test_geometric_rules(program, reason):
     assert verdict(by_hand(*SHAPES), program, "geometric", "position") == reason
+
+
+def test_sizes_must_not_contradict_the_picture():
+    program, shapes = the(("relate", "larger", the(F("kind", "cone")), cubes)), (("cube", "red", -4, 0), ("cube", "green", 4, 0, dict(scale=.35, size="small")), ("cone", "blue", 0, -3, dict(scale=.4)))
+    assert verdict(by_hand(*shapes), program, "geometric", "size") == "kept"
+    view = by_hand(*shapes)
+    near = [replace(f, alone_px=2000) if f.object_id == 2 else f for f in view.facts]   # the small cone right in front of the camera
+    assert verdict(View(view.scene, near, (256, 256)), program, "geometric", "size") == "doubtful"
 
 
 @pytest.mark.parametrize("px, reason", [({0: 900}, "kept"), ({0: 30}, "doubtful"), ({0: 400}, "invisible"), ({1: 50}, "shortcut"), ({2: 40}, "doubtful")])

@@ -95,7 +95,7 @@ def definite(program) -> str:
     "`the red cube`, for a program that names one object."
     return "the " + phrase(program[1])
 
-# %% ../../nbs/api/scenes_language.ipynb #6f2ccf04
+# %% ../../nbs/api/scenes_language.ipynb #44be389a
 TEMPLATES = {
   "same": ("Which {t} has the same {attr} as {a}?", "Find the {t} that shares its {attr} with {a}.", "What {t} matches {a} in {attr}?",
            "Segment the {t} that is of the same {attr} as {a}.", "Look at {a}. Which {t} has the same {attr}?", "~Point out the {t} whose {attr} equals that of {a}."),
@@ -129,7 +129,7 @@ TEMPLATES = {
                   "Segment the {t} that looks like the ground.", "What {t} is hard to see against the ground?", "~Point out the {t} that disappears into the ground."),
   "camouflaged all": ("Could you segment all {ts} that are camouflaged in the picture?", "Which {ts} have the same pattern as the ground?",
                       "Find the {ts} that are hidden by their pattern.", "Segment every {t} that looks like the ground.", "~Point out all {ts} that disappear into the ground."),
-  "occluded": ("Which {t} is mostly hidden behind {a}?", "Find the {t} that {a} covers in large part.", "Segment the {t} hidden behind {a}.",
+  "occluded": ("Which {t} is partly hidden behind {a}?", "Find the {t} that {a} covers in part.", "Segment the {t} hidden behind {a}.",
                "Something is hidden behind {a}. Which {t} is it?", "~Point out the {t} that only peeps out from behind {a}."),
   "thin": ("Which thin object does not belong in the picture and was added later?", "Segment the thin object among the solid ones.",
            "Find the object that is made of thin bars or wire.", "Which object does not fit because it is so thin?", "~Point out the thin object that seems out of place."),
@@ -155,7 +155,7 @@ TEMPLATES = {
   "common and near": ("Of the objects with the most common {attr}, which one is the {close} {a}?", "Look at the objects of the most common {attr}. Which one is {close} {a}?",
                       "Among the objects with the most common {attr}, find the one {close} {a}.", "Count the objects of each {attr}. Of the most common, segment the one {close} {a}.",
                       "~Point out the object {close} {a} among those with the most common {attr}."),
-  "purpose": ("Which of the {ts} is {how}?", "Find the {t} that is {how}.", "Segment the {t} {how}.", "There are several {ts}. Which one is {how}?",
+  "purpose": ("Which of the {ts} is {how}?", "Find the {t} that is {how}.", "Segment the one of the {ts} that is {how}.", "There are several {ts}. Which one is {how}?",
               "~Point out the one of the {ts} that is {how}."),
   "purpose all": ("Which {ts} are {how}?", "Find all {ts} that are {how}.", "Segment every {t} that is {how}.", "Look for {ts}. Which are {how}?",
                   "~Point out each {t} that is {how}."),

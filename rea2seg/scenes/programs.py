@@ -118,7 +118,7 @@ def thin(v, s):
     w = v.bits(lambda i: v.objects[i].kind in THIN)
     return a[0] & w, a[1] & w
 
-# %% ../../nbs/api/scenes_programs.ipynb #9fe2a0fa
+# %% ../../nbs/api/scenes_programs.ipynb #84694492
 def pick(k: int, after: list[int], s: tuple[int, int]) -> tuple[int, int]: # sure, maybe
     "The k-th (from 1) of a set."
     sure, maybe = s
@@ -135,16 +135,15 @@ def beaten(v: View, low: list, high: list) -> list[int]:
     "after[i]: those whose upper bound lies below i's lower bound."
     return [v.bits(lambda j: low[i] > high[j]) for i in range(v.n)]
 
-def _order_of(v: View, order: str) -> list[int]:
+def _order_of(v: View, order: str) -> list[int]: # after[i]
     if order not in v.memo:
-        r = v.rules
-        if order in ("left", "right"): value, sign, gap, ratio = v.x, 1 if order == "left" else -1, r.side_margin * v.size_hw[1], 1
-        elif order in ("front", "back"): value, sign, gap, ratio = v.ground, 1 if order == "front" else -1, r.depth_margin, 1
-        else:
-            value, gap, ratio = (v.height if order in ("tallest", "shortest") else v.bulk), 0, r.size_ratio
-            sign = -1 if order in ("largest", "tallest") else 1
-        first = lambda a, b: (a * ratio + gap < b) if sign > 0 else (a > b * ratio + gap)
-        v.memo[order] = [v.bits(lambda j: j != i and first(value[i], value[j])) for i in range(v.n)]
+        if order in ("left", "right", "front", "back"):
+            value, gap = (v.x, v.rules.side_margin * v.size_hw[1]) if order in ("left", "right") else (v.ground, v.rules.depth_margin)
+            sign = 1 if order in ("left", "front") else -1
+            first = lambda i, j: sign * (value[j] - value[i]) > gap
+        elif order in ("tallest", "largest"): first = lambda i, j: v.exceeds(i, j, order == "tallest")
+        else: first = lambda i, j: v.exceeds(j, i, order == "shortest")
+        v.memo[order] = [v.bits(lambda j: j != i and first(i, j)) for i in range(v.n)]
     return v.memo[order]
 
 @operation
@@ -160,7 +159,7 @@ def rank(v, k, order, s): return pick(k, _order_of(v, order), run(v, s))
 def closer(v, a, b, s):
     a, b, (sure, maybe), r = one(v, a), one(v, b), run(v, s), v.rules.distance_ratio
     sure, maybe = (x & ~(1 << a | 1 << b) for x in (sure, maybe))
-    beats = lambda p, q, i: v.far[i][p] * r < v.far[i][q] and v.far_xy[i][p] < v.far_xy[i][q]
+    beats = lambda p, q, i: v.far[i][p] * r < v.far[i][q] and v.far_xy[i][p] < v.far_xy[i][q] and v.far[i][p] - v.radius[p] < v.far[i][q] - v.radius[q]
     return sure & v.bits(lambda i: beats(a, b, i)), maybe & ~v.bits(lambda i: beats(b, a, i))
 
 # %% ../../nbs/api/scenes_programs.ipynb #ae73a96b

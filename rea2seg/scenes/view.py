@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLIDS', 'ATTRIBUTES', 'SIDES', 'SIZES_THAN', 'TOPOLOGY', 'RELATIONS', 'Rules', 'default_rules', 'support',
-           'part_bounds', 'bounds', 'members', 'View', 'word', 'relate', 'nearer', 'between', 'outlines']
+           'part_bounds', 'bounds', 'members', 'View', 'word', 'relate', 'exceeds', 'nearer', 'between', 'outlines']
 
 # %% ../../nbs/api/scenes_view.ipynb #a3ff4bab
 import math
@@ -79,7 +79,7 @@ def bounds(obj: SceneObject, part: str | None = None) -> tuple[np.ndarray, np.nd
     if not boxes: raise KeyError(f"object {obj.id} has no part {part!r}; it has {', '.join(obj.part_names)}")
     return np.min([b[0] for b in boxes], 0) * obj.scale, np.max([b[1] for b in boxes], 0) * obj.scale
 
-# %% ../../nbs/api/scenes_view.ipynb #b78d5377
+# %% ../../nbs/api/scenes_view.ipynb #9fd814fe
 SOLIDS = ("sphere", "cube", "cylinder", "cone", "torus", "capsule")
 ATTRIBUTES = ("kind", "colour", "material", "size", "texture")
 SIDES = ("left", "right", "front", "behind")
@@ -113,9 +113,8 @@ class View:
         area = size_hw[0] * size_hw[1] / 256**2
         self.px, self.fraction = [f.visible_px / area for f in self.facts], [f.visible_fraction for f in self.facts]
         self.part_px = [{k: v / area for k, v in f.parts.items()} for f in self.facts]
-        self.extents = [bounds(o) for o in self.objects]
+        self.extents, self._relations, self._nearer, self.memo = [bounds(o) for o in self.objects], {}, {}, {}
         self._measure(); self._words()
-        self._relations, self._nearer, self.memo = {}, {}, {}
 
     def bits(self, test) -> int:
         "The set of those for which `test(i)` holds."
@@ -123,7 +122,7 @@ class View:
 
     def ids_of(self, bits: int) -> tuple[int, ...]: return tuple(self.ids[i] for i in members(bits))
 
-# %% ../../nbs/api/scenes_view.ipynb #5e9561b5
+# %% ../../nbs/api/scenes_view.ipynb #3031ff6a
 def _measure(self: View):
     "Places and lengths: image centroids, ground depth, middle points, heights, bulks, and the distances between all pairs."
     cam, n = self.scene.camera, self.n
@@ -139,6 +138,8 @@ def _measure(self: View):
     self.height, self.bulk = span[:, 2].tolist(), np.cbrt(span.prod(1)).tolist()
     self.radius = (span[:, :2].mean(1) / 2).tolist()
     self.middle, self.xy = middle, xy
+    boxes = self.outlines()
+    self.shown = list(zip((boxes[:, 3] - boxes[:, 1]).tolist(), [f.alone_px for f in self.facts])) # height and area in the picture
     gap = lambda p: np.sqrt(((p[:, None] - p[None]) ** 2).sum(-1)).tolist()
     self.far, self.far_xy = gap(middle), gap(xy)
 View._measure = _measure
@@ -175,7 +176,7 @@ def _paint(self: View, i: int) -> dict[str, float]: # colour -> share of the obj
     return out
 View._paint = _paint
 
-# %% ../../nbs/api/scenes_view.ipynb #91c3e5fb
+# %% ../../nbs/api/scenes_view.ipynb #a676eacf
 def word(self: View, attr: str, value: str) -> tuple[int, int]: # sure, maybe
     "Objects to which a word applies."
     return self.words[attr].get(value, (0, 0))
@@ -202,18 +203,23 @@ def _order(self: View, name, o):
     seen = [sign * (g - self.depth[o]) for g in self.depth]
     return self.bits(lambda i: d[i] > m and seen[i] > 0), self.bits(lambda i: d[i] > -m)
 
-def _size(self: View, name, o): # in bulk and not the other way round in height; "taller" by height alone
-    r, up, tall = self.rules.size_ratio, name in ("larger", "taller"), name in ("taller", "shorter")
-    thin = [not tall and x.kind in THIN for x in self.objects]
-    def bigger(i, j): return self.height[i] > r * self.height[j] if tall else self.bulk[i] > r * self.bulk[j] and self.height[i] > .9 * self.height[j]
-    beats = (lambda i, j: bigger(i, j)) if up else (lambda i, j: bigger(j, i))
-    return self.bits(lambda i: beats(i, o) and not (thin[i] or thin[o])), self.bits(lambda i: not beats(o, i) or thin[i] or thin[o])
+def exceeds(self: View, i: int, j: int, tall: bool) -> bool:
+    "Is i surely taller, or larger, than j? In the world by the margin, and not the other way round in the picture."
+    if tall: return self.height[i] > self.rules.size_ratio * self.height[j] and self.shown[i][0] > self.shown[j][0]
+    if self.objects[i].kind in THIN or self.objects[j].kind in THIN: return False # what is the size of a wire?
+    return self.bulk[i] > self.rules.size_ratio * self.bulk[j] and self.height[i] > .9 * self.height[j] and self.shown[i][1] > self.shown[j][1]
+
+def _size(self: View, name, o):
+    up, tall = name in ("larger", "taller"), name in ("taller", "shorter")
+    beats = lambda i, j: self.exceeds(i, j, tall) if up else self.exceeds(j, i, tall)
+    return self.bits(lambda i: i != o and beats(i, o)), self.bits(lambda i: i != o and not beats(o, i))
 
 def nearer(self: View, o: int) -> list[int]:
     "For each object i the set of those that are surely farther from `o` than i is."
     if o not in self._nearer:
         d, p, r = self.far[o], self.far_xy[o], self.rules.distance_ratio
-        self._nearer[o] = [self.bits(lambda j: d[i] * r < d[j] and p[i] < p[j] and j != i) for i in range(self.n)]
+        gap = [a - b for a, b in zip(d, self.radius)]
+        self._nearer[o] = [self.bits(lambda j: d[i] * r < d[j] and p[i] < p[j] and gap[i] < gap[j] and j != i) for i in range(self.n)]
     return self._nearer[o]
 
 def between(self: View, a: int, b: int) -> tuple[int, int]:
@@ -228,11 +234,12 @@ def between(self: View, a: int, b: int) -> tuple[int, int]:
         s, m = self.bits(lambda i: tight[i]), self.bits(lambda i: loose[i])
         sure, maybe = (s, m) if slack == 1. else (sure & s, maybe | m)
     out = ~(1 << a | 1 << b)
-    return sure & out, maybe & out
+    holds = self.bits(lambda i: any(self.ids[i] in (self.objects[k].on, self.objects[k].inside) or self.ids[k] in (self.objects[i].on, self.objects[i].inside) for k in (a, b)))
+    return sure & out & ~holds, maybe & out # a tray is not between its own load and something else
 
-for f in (word, relate, _side, _order, _size, nearer, between): setattr(View, f.__name__, f)
+for f in (word, relate, _side, _order, exceeds, _size, nearer, between): setattr(View, f.__name__, f)
 
-# %% ../../nbs/api/scenes_view.ipynb #a15752b3
+# %% ../../nbs/api/scenes_view.ipynb #b8961862
 def _chain(self: View, i: int) -> list[int]:
     "What object i stands on, and what that stands on."
     out, at = [], self.objects[i].on
@@ -276,7 +283,8 @@ def _below(self: View, name, o):
 def _next(self: View, name, o):
     gap = [self._gap(i, o) for i in range(self.n)]
     near = self.rules.next_to
-    return self.bits(lambda i: gap[i] < .75 * near), self.bits(lambda i: gap[i] < 1.5 * near)
+    stacked = lambda i: self.relate("under", i)[1] >> o & 1 or self.relate("under", o)[1] >> i & 1 # beneath is not beside
+    return self.bits(lambda i: gap[i] < .75 * near and not stacked(i)), self.bits(lambda i: gap[i] < 1.5 * near)
 
 def _gap(self: View, i: int, o: int) -> float:
     a, b = self.objects[i].xyz, self.objects[o].xyz
@@ -296,7 +304,7 @@ def outlines(self: View) -> np.ndarray: # float[n,4] pixels
             z = np.maximum(pts @ f, 1e-6)
             x, y = W / 2 + focal * (pts @ right) / z, H / 2 + focal * (pts @ down) / z
             out.append([x.min(), y.min(), x.max(), y.max()])
-        self.memo["outlines"] = np.array(out)
+        self.memo["outlines"] = np.array(out).reshape(-1, 4)
     return self.memo["outlines"]
 
 def _covered(self: View, name, o):
