@@ -170,12 +170,12 @@ def _provenance(parts: Parts, session: dict, records: list[dict], problems: list
             "commit": session["commit"], "versions": session["versions"], "machine": session["machine"], "duration_s": sum(s["seconds"] for s in sessions), "started": min(s["started"] for s in sessions),
             "sessions": sessions, "mixed": len({json.dumps([s["commit"], s["versions"]]) for s in sessions}) > 1, "problems": problems[:1000]}
 
-# %% ../nbs/api/evaluation.ipynb #dbbdfcbf
+# %% ../nbs/api/evaluation.ipynb #1c26bb68
 def add_arguments(p: argparse.ArgumentParser):
     "What `rea2seg evaluate` takes besides the model."
     p.add_argument("--data", required=True, help="sgdr-world, world, reasonseg:DIR, sgdr:DIR, rea2seg16k:DIR, parquet:DIR, folder:DIR or coco:FILE")
     p.add_argument("--split", help="train, val or test, as far as the data has them")
-    p.add_argument("--seed", type=int, default=0, help="of the subset, the random row and the bootstrap (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the subset, the random row, the bootstrap and, for the rendered world, the set itself; 0 is the published one (default: %(default)s)")
     p.add_argument("--limit", type=int, help="score so many samples, drawn with the seed")
     p.add_argument("--json", default="evaluation.json", help="the summary; per-sample rows lie beside it as .parquet, the run's parts in a folder .parts (default: %(default)s)")
     p.add_argument("--convention", default="lisa", help=f"how to count: {', '.join(CONVENTIONS)} or another section [evaluation.NAME] (default: %(default)s)")

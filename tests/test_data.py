@@ -436,7 +436,7 @@ def test_registry(monkeypatch, tmp_path):
     fake = types.ModuleType("rea2seg.scenes.benchmark")
     fake.load_world = lambda split, n=None, seed=0: asked.append((split, n, seed)) or squares(n or 20)
     monkeypatch.setitem(sys.modules, "rea2seg.scenes.benchmark", fake)
-    assert len(list(load_samples("sgdr-world", limit=7, seed=5))) == 7 and len(load_samples("sgdr-world", "test")) == 20 and asked == [("test", 7, 0), ("test", None, 0)]
+    assert len(list(load_samples("sgdr-world", limit=7, seed=5))) == 7 and len(load_samples("sgdr-world", "test")) == 20 and asked == [("test", 7, 5), ("test", None, 0)]
     assert len(list(load_samples("world", "train", limit=5, seed=3))) == 5 and len(load_samples("world")) == 20 and asked[2:] == [("train", 5, 3), ("val", None, 0)]
     for spec, split, reason in (("sgdr-world", "val", "there is no split val"), ("world", "train", "has no end: give a limit")):
         with pytest.raises(DataError, match=reason):

@@ -52,12 +52,12 @@ def load_samples(
     if needs_where and not where: raise DataError(f"'{spec}' must say where the data is: {kind}:...")
     return make(where, split=split, limit=limit, seed=seed, **options)
 
-# %% ../../nbs/api/data_sources.ipynb #02326e9c
+# %% ../../nbs/api/data_sources.ipynb #d475ba30
 def _world(kind: str, where: str, split, limit, seed, **options) -> Reader:
     from rea2seg.scenes.benchmark import load_world
     if kind == "sgdr-world":
         if split not in (None, "test"): raise DataError(f"sgdr-world is a test set, there is no split {split}; world has train and val")
-        return Listed(kind, load_world("test", n=limit, **options))
+        return Listed(kind, load_world("test", n=limit, seed=seed or 0, **options))  # seed 0 is the published set, any other one of the same composition
     if split == "train" and limit is None: raise DataError("the world's train split has no end: give a limit")
     return Listed(kind, load_world(split or "val", n=limit, seed=seed or 0, **options))
 
