@@ -45,7 +45,7 @@ def linear_schedule(step: int, warmup: int, steps: int) -> float: # factor of th
     "Linear warm-up, then linear decay to zero (WarmupDecayLR, appendix B)."
     return min((step + 1) / max(warmup, 1), max(0.0, (steps - step) / max(steps - warmup, 1)))
 
-# %% ../../nbs/api/train_loop.ipynb #1ac9e735
+# %% ../../nbs/api/train_loop.ipynb #36e74e8b
 def latest_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint under `folder`."
     found = sorted(Path(folder).glob("step-[0-9]*"))
@@ -55,12 +55,12 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     "Write the run's whole state; the former checkpoint is removed only after the new one is complete."
     final, tmp = Path(folder) / f"step-{step:07d}", Path(folder) / f".writing-{step:07d}"
     accelerator.wait_for_everyone()
+    if final.exists(): return final  # the run was resumed at its end
     try:
         accelerator.save_state(str(tmp))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (tmp / "step.json").write_text(json.dumps({"step": step}))
-            if final.exists(): shutil.rmtree(final)
             os.replace(tmp, final)
             for old in Path(folder).glob("step-[0-9]*"):
                 if old != final: shutil.rmtree(old)
@@ -70,12 +70,13 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     accelerator.wait_for_everyone()
     return final
 
-# %% ../../nbs/api/train_loop.ipynb #7f2f6dea
+# %% ../../nbs/api/train_loop.ipynb #c24ca411
 class Tracker:
     "W&B where it can be had, nothing otherwise; offline without a key."
     def __init__(self, project: str = "rea2seg", name: str | None = None, config: dict | None = None, enabled: bool = True, folder: Path | None = None):
         self.run = None
-        if not enabled or os.environ.get("WANDB_MODE") == "disabled": return
+        if not enabled or os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("RANK", "0") != "0": return
+        if folder: Path(folder).mkdir(parents=True, exist_ok=True)
         try: import wandb
         except ImportError: return
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
@@ -96,14 +97,14 @@ def truncate_log(path: Path, step: int):
     lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
     tmp = path.with_suffix(".tmp"); tmp.write_text("".join(line + "\n" for line in lines)); os.replace(tmp, path)
 
-# %% ../../nbs/api/train_loop.ipynb #d6386a5e
+# %% ../../nbs/api/train_loop.ipynb #0f01528e
 def fit(
     model: nn.Module,                 # forward(batch, step) -> loss, {name: number}
     batch_at: Callable[[int, int, int], Any], # (micro-step, rank, world) -> this process' part of the batch
     settings: LoopSettings,
     folder: str | Path,               # checkpoints and log.jsonl
     groups: list[dict] | None = None, # optimizer groups with their own lr, default all trainable parameters
-    validate: Callable[[nn.Module, int], dict] | None = None, # called at every checkpoint on the main process
+    validate: Callable[[nn.Module, int], dict] | None = None, # called at every checkpoint on the main process; figures under "pictures" go to W&B
     tracker: Tracker | None = None,
     stop_after: int | None = None,    # stop (with a checkpoint) after this many steps of this call; the schedule stays that of the whole run
     minutes: float | None = None,     # stop likewise after this much time
@@ -118,13 +119,15 @@ def fit(
     set_seed(settings.seed)
     base = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups or base, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98 if groups else 0.999))
-    start_time = time.perf_counter()
-    progress_of = lambda step: min(max(step / settings.steps, (time.perf_counter() - start_time) / 60 / minutes), 1) * settings.steps if time_schedule and minutes else step
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(linear_schedule(step, settings.warmup_steps, settings.steps), linear_schedule(progress_of(step), 0, settings.steps)))
-    # accelerate steps a prepared schedule once per process; ours counts optimizer steps, so it is registered and stepped here
+    start_time, rates = time.perf_counter(), [g["lr"] for g in optimizer.param_groups]
+    def progress_of(step: int) -> float:  # in steps; the clock may be ahead, and must say the same in every process
+        if not (time_schedule and minutes): return step
+        clock = _mean(accelerator, (time.perf_counter() - start_time) / 60 / minutes) * settings.steps
+        return min(max(step, clock), settings.steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
     log_path, step = folder / "log.jsonl", 0
+    if accelerator.is_main_process:
+        for torn in folder.glob(".writing-*"): shutil.rmtree(torn, ignore_errors=True)
     if (last := latest_checkpoint(folder)) is not None:
         accelerator.load_state(str(last)); step = json.loads((last / "step.json").read_text())["step"]
         if accelerator.is_main_process: truncate_log(log_path, step)
@@ -136,8 +139,11 @@ def fit(
     norm = torch.tensor(0.0)
     while step < settings.steps:
         totals: dict[str, float] = {}
+        done = progress_of(step)
+        factor = min(linear_schedule(step, settings.warmup_steps, settings.steps), linear_schedule(done, 0, settings.steps))
+        for g, rate in zip(optimizer.param_groups, rates, strict=True): g["lr"] = rate * factor
         for micro in range(settings.accumulation):
-            model_.progress = progress_of(step) / settings.steps
+            model_.progress = done / settings.steps
             batch = batch_at(step * settings.accumulation + micro, rank, world)
             with accelerator.accumulate(model):
                 loss, extra = model(batch, step)
@@ -148,7 +154,7 @@ def fit(
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 for k, v in {"loss": loss, **extra}.items():
                     totals[k] = totals.get(k, 0.0) + _mean(accelerator, v) / settings.accumulation
-        schedule.step(); step += 1; bar.update()
+        step += 1; bar.update()
         if totals:
             totals.update(step=step, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), seconds=time.perf_counter() - began)
             history.append(totals); bar.set_postfix(loss=f"{totals['loss']:.3f}")
@@ -162,10 +168,11 @@ def fit(
             save_checkpoint(accelerator, folder, step)
             if validate and accelerator.is_main_process:
                 model_.eval()
-                with torch.no_grad(): found = validate(model_, step)
+                with torch.no_grad(): found = dict(validate(model_, step))
                 model_.train()
+                figures = found.pop("pictures", [])
                 with log_path.open("a") as f: f.write(json.dumps({"step": step, **{k: _round(v) for k, v in found.items()}}) + "\n")
-                if tracker: tracker.log(found, step)
+                if tracker: tracker.log(found, step); tracker.images("val_pictures", figures, step)
         if stop: break
     bar.close()
     return history
@@ -179,7 +186,9 @@ def _round(v: float) -> float: return float(f"{v:.6g}") if isinstance(v, float) 
 
 def _check_loss(loss: Tensor, batch: Any, folder: Path, step: int, accelerator: Accelerator):
     "Stop on a loss that is not a number, with the batch saved for whoever looks into it."
-    if torch.isfinite(loss): return
+    here = bool(torch.isfinite(loss))
+    if accelerator.num_processes == 1 and here or _mean(accelerator, float(not here)) == 0: return
+    if here: raise NaNLoss(f"another process' loss is not a number at step {step}; it saved its batch in {folder}")
     path = Path(folder) / f"nan-batch-step{step}-rank{accelerator.process_index}.pt"
     torch.save(batch, path)
     raise NaNLoss(f"loss is {float(loss)} at step {step}; the batch is saved in {path}, the newest checkpoint is {latest_checkpoint(folder)}")
