@@ -114,7 +114,7 @@ def test_seeds_stay_in_their_range(split):
 def test_first_scenes_are_composed_again_equally(manifest):
     "Composing test set 0 from scratch gives the manifest's first scenes."
     made = compose(world_rules().counts(), "test", 0)
-    for (seed, theme, rows), (scene, seen, questions) in zip(manifest["scenes"][:12], made):
+    for (seed, theme, rows), (scene, _, questions) in zip(manifest["scenes"][:12], made):
         assert (scene.seed, scene.meta["theme"]) == (seed, theme)
         assert [(q.question, q.program, q.digest) for q in questions] == [(r[4], r[5], r[7]) for r in rows]
 

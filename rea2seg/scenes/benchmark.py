@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'Key', 'SPLITS', 'FITTING', 'FORBIDDEN', 'WorldError', 
            'scene_seed', 'fitting', 'world_scene', 'Shares', 'compose', 'manifest_path', 'write_manifest',
            'read_manifest', 'from_manifest', 'cache_root', 'recipe', 'World', 'load_world']
 
-# %% ../../nbs/api/scenes_benchmark.ipynb #165affb6
+# %% ../../nbs/api/scenes_benchmark.ipynb #981487e4
 import base64
 import hashlib
 import io
@@ -33,7 +33,7 @@ from .layout import sample_scene
 from .programs import Unclear, execute
 from .questions import QuestionSample, answer_mask, attempt, language_rules
 from .render import render
-from .verify import SUBTYPES, check_subtype, verify
+from .verify import SUBTYPES, check_subtype
 from .view import View
 from ..settings import SettingsError, load_section
 
@@ -299,7 +299,7 @@ class World:
                     checked = path
                 yield Sample(**{**row, "image": path})
 
-# %% ../../nbs/api/scenes_benchmark.ipynb #ed8fc4a3
+# %% ../../nbs/api/scenes_benchmark.ipynb #fb1d79ec
 def load_world(
     split: str = "test",                       # test | val | train | general
     n: int | None = None,                      # samples; None: all of test (and general), `val_samples` of val, no end of train
@@ -312,7 +312,7 @@ def load_world(
     "The rendered world as an iterable of samples."
     rules = world_rules()
     scene_seed(split, seed, 0)
-    table, full = rules.counts(), n is None
+    table = rules.counts()
     if counts is not None:
         table = {}
         for name, c in counts.items():

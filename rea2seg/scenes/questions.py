@@ -6,7 +6,7 @@
 __all__ = ['LanguageRules', 'language_rules', 'novelty', 'QuestionSample', 'NoQuestion', 'lists', 'as_random', 'attempt',
            'question_for', 'wanted_subtypes', 'questions_for', 'answer_mask', 'answer_masks']
 
-# %% ../../nbs/api/scenes_questions.ipynb #8e761f90
+# %% ../../nbs/api/scenes_questions.ipynb #c7433f92
 import hashlib
 import json
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ import torch
 from .families import FAMILIES
 from .graph import COLOURS, KINDS, Facts, Rendered, Scene
 from .language import paraphrases, reasoning, say
-from .programs import Answer, execute, one, references
+from .programs import Answer, one, references
 from .verify import SUBTYPES, check_subtype, verify
 from .view import Rules, View, members
 from ..settings import SettingsError, load_section
