@@ -71,7 +71,7 @@ def evaluate_command(args) -> int:
     from rea2seg.evaluation import run
     return run(args)
 
-# %% ../nbs/api/cli.ipynb #93a076e6
+# %% ../nbs/api/cli.ipynb #457625e4
 def build_parser() -> argparse.ArgumentParser:
     "All verbs with their arguments."
     from rea2seg.evaluation import add_arguments
@@ -93,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try: return args.run(args)
     except KeyboardInterrupt: print("interrupted; what was finished is saved", file=sys.stderr); return 130
-    except (ValueError, OSError, TypeError) as e:
-        if args.trace: raise
+    except (ValueError, OSError, TypeError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" # torch's is a RuntimeError; any other one is our fault and shows its trace
+        if args.trace or (isinstance(e, RuntimeError) and not memory): raise
+        if memory: e = f"out of memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         print(f"rea2seg: {e}", file=sys.stderr)
         return 2
 

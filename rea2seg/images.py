@@ -43,7 +43,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return picture.convert("RGB")
 
-# %% ../nbs/api/images.ipynb #94e06c4e
+# %% ../nbs/api/images.ipynb #bfb80fae
 def load_image(
     source: str | Path | bytes | Image.Image | np.ndarray, # path, file content, Pillow picture or uint8[H,W,3]
     max_pixels: int | None = None,  # default `[images.limits] max_pixels`
@@ -57,7 +57,7 @@ def load_image(
         return np.ascontiguousarray(source)
     if not isinstance(source, (str, Path, bytes, Image.Image)): raise ImageError(f"expected a path, bytes, a Pillow picture or uint8[H,W,3], got {type(source).__name__}")
     name = "the picture" if isinstance(source, (bytes, Image.Image)) else f"'{source}'"
-    try: return np.asarray(_open(source, name, limit))
+    try: return np.array(_open(source, name, limit)) # a copy: Pillow's own buffer is read-only, which torch complains about
     except ImageError: raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as e: raise ImageError(f"{name} cannot be read: {e}") from e
 

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Segmentation', 'pick_device', 'Rea2Seg', 'segment', 'segment_many']
 
-# %% ../nbs/api/pipeline.ipynb #cc9e5222
+# %% ../nbs/api/pipeline.ipynb #82beb6bd
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from .candidates import discover
+from .checkpoints import resolve
 from .evaluator import load_evaluator
 from .generators import load_generator
 from .images import load_image
@@ -28,7 +28,7 @@ from .records import CandidateSet, Grounding, Scores, Seeds
 from .seeds import seed_points
 from .settings import Settings
 
-# %% ../nbs/api/pipeline.ipynb #aaccdcbd
+# %% ../nbs/api/pipeline.ipynb #83960915
 @dataclass(frozen=True)
 class Segmentation:
     "What `Rea2Seg.segment` returns: ranked candidates, the winner first, and everything that led to them."
@@ -52,7 +52,7 @@ class Segmentation:
     @property
     def attention(self) -> np.ndarray: return self.grounding.attention.cpu().float().numpy() # float[h,w]
     @property
-    def notes(self) -> tuple[str, ...]: return self.grounding.notes + self.candidates.notes # fallbacks taken, in words
+    def notes(self) -> tuple[str, ...]: return tuple(dict.fromkeys(self.grounding.notes + self.candidates.notes)) # fallbacks taken, in words
 
     def show(self, **kw) -> Figure:
         "The picture with the winner, the initial mask and the score."
@@ -76,22 +76,28 @@ class Segmentation:
 
     def save(self, folder: str | Path) -> Path:
         "Write `segmentation.json`, `mask.png`, `picture.png` and `sheet.png`: each appears whole or not at all."
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
         from PIL import Image
+        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
         writers = {"mask.png": lambda p: Image.fromarray(self.mask).save(p, "PNG"), "picture.png": lambda p: self.show().savefig(p, format="png", dpi=150),
                    "sheet.png": lambda p: self.sheet().savefig(p, format="png", dpi=110), "segmentation.json": lambda p: p.write_text(json.dumps(self.to_dict(), indent=1))}
+        if taken := [name for name in writers if (folder / name).is_dir()]: raise IsADirectoryError(f"{folder / taken[0]} is a folder, a file was to be written there")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as tmp:
             for name, write in writers.items(): write(Path(tmp) / name)
             for name in writers: os.replace(Path(tmp) / name, folder / name)
         return folder
 
-# %% ../nbs/api/pipeline.ipynb #8947a48d
+# %% ../nbs/api/pipeline.ipynb #b5099419
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 def pick_device(device: str | None = None) -> str:
     "The device asked for, else CUDA where there is one, else the CPU."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try: wanted = torch.device(device)
+    except RuntimeError as e: raise ValueError(f"no device is called {device!r}; there are cpu, cuda, cuda:0 and so on") from e
+    if wanted.type == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count(): raise ValueError(f"device {device!r} was asked for, this machine has {torch.cuda.device_count()} CUDA devices")
+    if wanted.type not in ("cpu", "cuda", "mps"): raise ValueError(f"device {device!r} is of a kind that this package was never tried on; use cpu or cuda")
+    if wanted.type == "mps" and not torch.backends.mps.is_available(): raise ValueError(f"device {device!r} was asked for, but this machine has none")
     return device
 
 class Rea2Seg:
@@ -119,7 +125,8 @@ class Rea2Seg:
         if evaluator: settings = settings.with_(**_evaluator_choice(str(evaluator)))
         device = pick_device(device)
         dtype = DTYPES.get(dtype, dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        if not isinstance(dtype, torch.dtype): raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype not in DTYPES.values(): raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if settings.evaluator_kind == "internvl": resolve(settings.evaluator) # a wrong name fails before the generator is loaded
         gen = load_generator(settings.generator, device=device, dtype=dtype, sam=settings.sam or None, clip=settings.clip or None)
         return cls(gen, load_evaluator(settings.evaluator_kind if settings.evaluator_kind != "internvl" else settings.evaluator, settings, device=device, dtype=dtype), settings)
 
@@ -156,11 +163,15 @@ class _Stages:
 
 for _name in ("ground", "discover", "score", "rank", "_rank"): setattr(Rea2Seg, _name, getattr(_Stages, _name))
 
-# %% ../nbs/api/pipeline.ipynb #ad314136
+# %% ../nbs/api/pipeline.ipynb #05744287
+@torch.no_grad()
 def _segment(self, image: np.ndarray, question: str, grounding: Grounding) -> Segmentation:
-    candidates = self.discover(image, grounding)
+    if grounding.n > 1: # LISA may answer with several masks; the paper's candidates belong to one prompt token
+        grounding = replace(grounding.split()[0], notes=(*grounding.notes, f"the generator gave {grounding.n} masks: the candidates are those of the first"))
+    seeds = seed_points(grounding, self.settings)
+    candidates = self.discover(image, grounding, seeds=seeds)
     scores = self.score(image, question, candidates, grounding)
-    return Segmentation(image, question, grounding, seed_points(grounding, self.settings), self._rank(candidates, scores, grounding),
+    return Segmentation(image, question, grounding, seeds, self._rank(candidates, scores, grounding),
                         "\n\n".join(scores.reasoning) or None, self.settings)
 
 def segment(self: Rea2Seg,
@@ -175,10 +186,10 @@ def segment_many(self: Rea2Seg,
     questions: Iterable[str],
 ) -> Iterator[Segmentation]:
     "Answer many questions about one picture, which every model encodes once."
+    if isinstance(questions, str): raise TypeError("questions must be a list of texts, got one text; use segment")
     pixels, questions = load_image(image), list(questions)
-    s = self.settings
-    with torch.inference_mode():
-        for question, grounding in zip(questions, self.generator.ground_many(pixels, questions, reasoning=s.reasoning, max_new_tokens=s.max_new_tokens)):
-            yield self._segment(pixels, question, grounding.split()[0])
+    groundings = self.generator.ground_many(pixels, questions, reasoning=self.settings.reasoning, max_new_tokens=self.settings.max_new_tokens)
+    # what the caller does between two results is none of our business: no mode of torch stays switched across a yield
+    return (self._segment(pixels, question, grounding) for question, grounding in zip(questions, groundings, strict=True))
 
 Rea2Seg._segment, Rea2Seg.segment, Rea2Seg.segment_many = _segment, segment, segment_many

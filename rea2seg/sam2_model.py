@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from .sam_core import Sam, check_image, normalise, random_sam
 from .sam_decoder import Layer, Parts
 
-# %% ../nbs/api/sam2_model.ipynb #3f54336f
+# %% ../nbs/api/sam2_model.ipynb #63c09aca
 @dataclass(frozen=True)
 class Sam2Config:
     "Shape of a SAM 2; the first six are the Hiera trunk's."
@@ -50,6 +50,8 @@ class Sam2Config:
         n = len(self.stages)
         if n not in (3, 4): raise ValueError(f"a SAM 2 trunk has three or four stages, got {n}")
         if len(self.window_spec) != n: raise ValueError(f"{n} stages but {len(self.window_spec)} windows")
+        opens = {sum(self.stages[:i]) for i in range(1, n)} # these pool their queries inside a window, which a global block has none of
+        if bad := sorted(opens & set(self.global_att_blocks)): raise ValueError(f"global_att_blocks: {', '.join(map(str, bad))} would open a stage, where Hiera pools inside windows; stages {self.stages} begin at {sorted(opens)}")
         if self.image_size % 2 ** (n + 1): raise ValueError(f"image_size must be a multiple of {2 ** (n + 1)}, got {self.image_size}")
         if self.image_size // 4 % self.window_spec[0]: raise ValueError(f"the first window ({self.window_spec[0]}) must divide image_size / 4 = {self.image_size // 4}")
         if self.dim % (2 * self.decoder_heads) or self.dim % 8: raise ValueError(f"dim {self.dim} must be a multiple of 8 and of twice decoder_heads {self.decoder_heads}")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['settings_path', 'SettingsError', 'parse_value', 'load_section', 'Settings']
 
-# %% ../nbs/api/settings.ipynb #b3f447db
+# %% ../nbs/api/settings.ipynb #e1335fd9
 import configparser
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -35,7 +36,7 @@ def parse_value(text: str, kind: type) -> Any:
     if kind is tuple: return tuple(float(part) for part in text.split(",") if part.strip())
     return kind(text)
 
-# %% ../nbs/api/settings.ipynb #bc2922e3
+# %% ../nbs/api/settings.ipynb #3effbde3
 def load_section(
     cls: type,              # a dataclass whose fields are `str`, `int`, `float`, `bool` or `tuple`
     section: str,           # name of the section, for example "lens"
@@ -45,7 +46,9 @@ def load_section(
     "Read `section` into a frozen dataclass; missing, unknown and unreadable keys raise `SettingsError` by name."
     path = Path(path or settings_path())
     parser = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, default_section="" if "." in section else "DEFAULT")
-    if not parser.read(path, encoding="utf-8"): raise SettingsError(f"cannot read settings from {path}")
+    try: found = parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} is not an ini file: {' '.join(str(e).split())}") from e
+    if not found: raise SettingsError(f"cannot read settings from {path}")
     if section not in parser: raise SettingsError(f"{path.name} has no section [{section}]; it has {', '.join(parser.sections())}")
     wanted = {f.name: f.type for f in fields(cls) if f.name != "profile"}
     own = dict(parser[section])
@@ -62,19 +65,26 @@ def load_section(
     if any(f.name == "profile" for f in fields(cls)): values["profile"] = section
     return cls(**values)
 
-# %% ../nbs/api/settings.ipynb #fb07a8f8
+# %% ../nbs/api/settings.ipynb #218ddd05
 _choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"), prompt=("full", "brief", "turns"),
                 evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
 _fractions = ("predicted_iou", "stability", "box_nms_iou")
 _positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")
+_not_negative = ("first_layer", "multimask_candidates", "kcore_candidates", "amg_candidates", "stability_offset", "min_region_area", "seed")
 
 def _check(self: "Settings"):
+    for f in fields(self):
+        value = getattr(self, f.name)
+        if not isinstance(value, (int, float) if f.type is float else f.type) or (isinstance(value, bool) and f.type is not bool): raise SettingsError(f"{f.name} must be {f.type.__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value): raise SettingsError(f"{f.name} must be finite, got {value}")
     for name, allowed in _choices.items():
         if getattr(self, name) not in allowed: raise SettingsError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
     for name in _fractions:
         if not 0 <= getattr(self, name) <= 1: raise SettingsError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
     for name in _positive:
         if getattr(self, name) < 1: raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+    for name in _not_negative:
+        if getattr(self, name) < 0: raise SettingsError(f"{name} must not be negative, got {getattr(self, name)}")
     if not -1 <= self.similarity <= 1: raise SettingsError(f"similarity is a cosine in [-1, 1], got {self.similarity}")
     if self.kept_tokens > self.top_tokens: raise SettingsError(f"kept_tokens (k2 = {self.kept_tokens}) exceeds top_tokens (k1 = {self.top_tokens})")
     if self.last_layer < self.first_layer: raise SettingsError(f"last_layer {self.last_layer} comes before first_layer {self.first_layer}")
