@@ -76,13 +76,14 @@ class Parts:
     iou_head: nn.Module
     object_head: nn.Module | None = None
 
-# %% ../nbs/api/sam_decoder.ipynb #e7a79bbe
+# %% ../nbs/api/sam_decoder.ipynb #3ed08d18
 def embed_positions(
     gaussian: Tensor, # float32[2,C/2]
     xy: Tensor,       # float32[...,2] in [0, 1]
 ) -> Tensor: # float32[...,C]
     "Random Fourier features of positions."
-    phase = 2 * math.pi * ((2 * xy - 1) @ gaussian)
+    at = 2 * xy - 1  # products, not a matmul: autocast would round the positions
+    phase = 2 * math.pi * (at[..., :1] * gaussian[0] + at[..., 1:] * gaussian[1])
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 def grid_positions(gaussian: Tensor, grid: int) -> Tensor: # float32[grid*grid,C]
