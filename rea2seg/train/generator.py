@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'WINDOWS', 'GeneratorTraining', 'patchify', 'windows_attention', 'token_counts',
-           'target_tokens', 'attention_losses', 'GeneratorTrainee', 'init_generator', 'QuestionBatches',
-           'GeneratorShape', 'new_generator', 'prompts_of', 'trainee_of', 'ground_pack', 'by_category']
+           'target_tokens', 'attention_losses', 'per_owner', 'GeneratorTrainee', 'init_generator', 'QuestionBatches',
+           'GeneratorShape', 'new_generator', 'prompts_of', 'trainee_of', 'ground_pack', 'by_category', 'pack_examples',
+           'draw_answers']
 
-# %% ../../nbs/api/train_generator.ipynb #3f8be851
+# %% ../../nbs/api/train_generator.ipynb #00ae9ed9
 import tempfile
+from textwrap import wrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -22,16 +25,17 @@ from ..lens import LensGenerator, new_lens
 from ..lens_files import lens_config, make_tokenizer
 from ..lens_model import LensModel
 from ..lens_prompt import LensTokenizer
+from ..pictures import PALETTE, draw_attention, outline, picture_axes
 from ..sam2_model import Sam2
 from ..settings import load_section
 from .loop import LoopSettings
 from .pack import ATTRIBUTES, Pack
 from .sam import NONE, mask_losses, masks_of, position_grid, region_tokens, sam_pixels
 
-# %% ../../nbs/api/train_generator.ipynb #f356b780
+# %% ../../nbs/api/train_generator.ipynb #a7cf92c7
 @dataclass(frozen=True)
 class GeneratorTraining(LoopSettings):
-    "`[tiny.generator]`, `[lens.generator]`, `[sesame.generator]`: the loop's numbers and the loss weights (appendix B)."
+    "`[tiny.generator]`: the loop's numbers and the loss weights (appendix B); those of the paper's models are in `train.samples`."
     questions: int
     bce_weight: float
     dice_weight: float
@@ -104,9 +108,15 @@ def attention_losses(
     cross = -(even[:, None] * attention.clamp(min=1e-8).log()).sum(-1)
     return (-(mass + 1e-6).log() * (1 - spread) + spread * cross).mean(), mass.mean().detach()
 
-# %% ../../nbs/api/train_generator.ipynb #fc9e0030
+# %% ../../nbs/api/train_generator.ipynb #e5cc6661
+def per_owner(values: Tensor, owner: Tensor, n: int) -> Tensor: # scalar
+    "Mean over the values float[A] of each of `n` owners int[A], then over the owners."
+    count = torch.bincount(owner, minlength=n).clamp(min=1)
+    return (torch.zeros(n, device=values.device).index_add(0, owner, values) / count).mean()
+
+# %% ../../nbs/api/train_generator.ipynb #c5b20b0b
 class GeneratorTrainee(nn.Module):
-    "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), seed."
+    "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), pick int[B,n] of those whose masks are decoded."
     progress = 0.0
     def __init__(self, model: LensModel, sam: Sam2, prefix: list[int], settings: GeneratorTraining):
         super().__init__()
@@ -145,10 +155,10 @@ class GeneratorTrainee(nn.Module):
             total = total + s.align_weight * loss; log["align"] = loss.detach()
         log["prompt_spread"] = out.prompt_embeds.detach().float().std(0).mean()
         if out.answer_logits is not None and len(out.answer_ids):
-            loss = F.cross_entropy(out.answer_logits.float(), out.answer_ids)
+            loss = per_owner(F.cross_entropy(out.answer_logits.float(), out.answer_ids, reduction="none"), out.answer_of, B * Q)
             total = total + s.text_weight * loss; log["text"] = loss.detach()
         if (s.bce_weight or s.dice_weight) and self.progress >= s.mask_from:
-            loss, log["iou"] = self._mask_loss(image, out.prompt_embeds.reshape(B, Q, -1), masks, batch["seed"])
+            loss, log["iou"] = self._mask_loss(image, out.prompt_embeds.reshape(B, Q, -1), masks, batch["pick"].to(device))
             total = total + loss; log["mask"] = loss.detach()
         return total, log
 
@@ -157,27 +167,25 @@ class GeneratorTrainee(nn.Module):
         if getattr(self, "_grid_key", None) != key: self._grid_key, self._grid_value = key, position_grid(self.sam, key).detach()
         return self._grid_value
 
-# %% ../../nbs/api/train_generator.ipynb #a2995630
+# %% ../../nbs/api/train_generator.ipynb #3349ba85
 def _attribute_loss(self, tokens: Tensor, counts: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     "Each token names the part that fills most of its cell; background is a class of `kind`'s own head."
-    T = tokens.shape[1]
     pixels = counts.clone(); pixels[..., NONE] = 0
     most, part = pixels.max(-1)
     shown = most >= counts.sum(-1).amax() / 16
     labels = attributes.gather(1, part[..., None].expand(-1, -1, attributes.shape[-1])).masked_fill(~shown[..., None], -1)
     logits, at, losses = self.attributes(tokens).float(), 0, []
     for i, (name, n) in enumerate(ATTRIBUTES.items()):
-        if labels[..., i].amax() >= 0: losses.append(F.cross_entropy(logits[..., at:at + n].flatten(0, 1), labels[..., i].flatten(), ignore_index=-1))
+        each = F.cross_entropy(logits[..., at:at + n].flatten(0, 1), labels[..., i].flatten(), ignore_index=-1, reduction="none").reshape(labels.shape[:2])
+        losses.append((each.sum(1) / (labels[..., i] >= 0).sum(1).clamp(min=1)).mean())
         if name == "colour": right = (logits[..., at:at + n].argmax(-1) == labels[..., i])[labels[..., i] >= 0].float().mean()
         at += n
     losses.append(F.binary_cross_entropy_with_logits(logits[..., -1], shown.float()))
     return sum(losses), right.detach()
 
-def _mask_loss(self, image: Tensor, embeds: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _mask_loss(self, image: Tensor, embeds: Tensor, masks: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
     "Cross-entropy and Dice of the frozen SAM's single mask for some of each picture's questions."
-    s, (B, Q, _) = self.settings, embeds.shape
-    n = min(s.mask_questions, Q)
-    pick = torch.rand(B, Q, generator=torch.Generator().manual_seed(int(seed))).argsort(1)[:, :n].to(embeds.device)
+    s, (B, n) = self.settings, pick.shape
     row = torch.arange(B, device=embeds.device)[:, None]
     with torch.no_grad(): features, high_res = self.sam.features(sam_pixels(image, self.sam.side))
     found = self.sam.forward_prompts(features, high_res, prompt_embed=embeds[row, pick].reshape(B * n, 1, -1).float())
@@ -189,7 +197,7 @@ def _mask_loss(self, image: Tensor, embeds: Tensor, masks: Tensor, seed: int) ->
 
 GeneratorTrainee._attribute_loss, GeneratorTrainee._mask_loss = _attribute_loss, _mask_loss
 
-# %% ../../nbs/api/train_generator.ipynb #79b16c4c
+# %% ../../nbs/api/train_generator.ipynb #3cb12563
 def init_generator(model: LensModel, std: float = 0.05, seed: int = 0) -> LensModel:
     "Initial weights under which attention starts to move at once."
     torch.manual_seed(seed)
@@ -213,7 +221,7 @@ def init_generator(model: LensModel, std: float = 0.05, seed: int = 0) -> LensMo
         if model.sam_position is not None: nn.init.normal_(model.sam_position.weight, std=std)
     return model
 
-# %% ../../nbs/api/train_generator.ipynb #cd5aa3b5
+# %% ../../nbs/api/train_generator.ipynb #e2095061
 class QuestionBatches:
     "`batch_at` of `train.loop.fit` over a pack; reads the curriculum's share from `progress()`."
     def __init__(self, pack: Pack, ask: Callable[[list[str]], list[tuple[list[int], list[int]]]], settings: GeneratorTraining, progress: Callable[[], float] = lambda: 1.0):
@@ -223,6 +231,10 @@ class QuestionBatches:
         if len(prefixes := {tuple(p) for p, _ in cut.values()}) != 1: raise ValueError(f"the prompts of a pack must begin alike, there are {len(prefixes)} beginnings")
         self.prefix = list(prefixes.pop())
         self.suffix = {t: rest for t, (_, rest) in cut.items()}
+        asked = [k for k, qs in enumerate(pack.questions) if qs]
+        if not asked: raise ValueError("no scene of the pack has a question")
+        if empty := next((q["q"] for qs in pack.questions for q in qs if not q["a"]), None): raise ValueError(f"a question of the pack has no mask: {empty!r}")
+        self.scene = [k if qs else asked[k % len(asked)] for k, qs in enumerate(pack.questions)]  # another one stands in for a scene without questions
         self.groups = [self._by_category(qs) for qs in pack.questions]
 
     @staticmethod
@@ -233,17 +245,18 @@ class QuestionBatches:
 
     def __call__(self, i: int, rank: int, world: int) -> dict:
         s, pack = self.settings, self.pack
-        at = pack.scenes(i, rank, world, s.batch_size, s.seed)
+        at = torch.tensor([self.scene[k] for k in pack.scenes(i, rank, world, s.batch_size, s.seed).tolist()])
         easy = s.warmup_share * max(0.1, 1 - 0.9 * self.progress() / max(s.warmup_until, 1e-6))
-        questions, rows = [], torch.zeros(len(at), s.questions, 256, dtype=torch.bool)
+        questions, rows, pick = [], torch.zeros(len(at), s.questions, 256, dtype=torch.bool), []
         for b, scene in enumerate(at.tolist()):
             rng = np.random.default_rng((s.seed, i, scene))
             chosen = self._choose(scene, s.questions, easy, rng)
             questions.append([self.suffix[pack.questions[scene][j]["q"]] for j in chosen])
             for k, j in enumerate(chosen): rows[b, k, pack.questions[scene][j]["a"]] = True
+            pick.append(rng.permutation(s.questions)[:s.mask_questions])
         where = at.to(pack.image.device)
         return dict(image=pack.image[where], part_map=pack.part_map[where], part_object=pack.part_object[where], part_attributes=pack.part_attributes[where],
-                    rows=rows, questions=questions, seed=(s.seed * 7_368_787 + i) * world + rank)
+                    rows=rows, questions=questions, pick=torch.tensor(np.array(pick)))
 
     def _choose(self, scene: int, n: int, easy: float, rng) -> list[int]:
         groups = self.groups[scene]
@@ -255,7 +268,7 @@ class QuestionBatches:
             out.append(left[rng.integers(len(left))])
         return out
 
-# %% ../../nbs/api/train_generator.ipynb #36422cb3
+# %% ../../nbs/api/train_generator.ipynb #5a25cff4
 @dataclass(frozen=True)
 class GeneratorShape:
     "`[tiny.generator_shape]`."
@@ -309,7 +322,7 @@ def trainee_of(generator: LensGenerator, pack: Pack, settings: GeneratorTraining
     batches.progress = lambda: trainee.progress
     return trainee, batches
 
-# %% ../../nbs/api/train_generator.ipynb #ff96e444
+# %% ../../nbs/api/train_generator.ipynb #04c56743
 @torch.no_grad()
 def ground_pack(trainee: GeneratorTrainee, pack: Pack, suffix: Callable[[str], list[int]], limit: int = 10**9, batch: int = 16) -> list[dict]:
     "One row per question: category, IoU of the initial mask, attention mass on the target's tokens over its area share."
@@ -334,7 +347,7 @@ def ground_pack(trainee: GeneratorTrainee, pack: Pack, suffix: Callable[[str], l
             iou = (masks & truth).flatten(1).sum(1) / (masks | truth).flatten(1).sum(1).clamp(min=1)
             hit = target_tokens(counts[b:b + 1], rows)[0]
             mass = (out.attention[at:at + len(qs), first:last + 1].mean(1) * hit).sum(1) / (hit.float().mean(1))
-            rows_out += [{"category": q["c"], "subtype": q["s"], "iou": float(i), "mass_ratio": float(m)} for q, i, m in zip(qs, iou, mass)]
+            rows_out += [{"category": q["c"], "subtype": q["s"], "iou": float(i), "mass_ratio": float(m)} for q, i, m in zip(qs, iou, mass, strict=True)]
             at += len(qs)
     return rows_out
 
@@ -345,3 +358,27 @@ def by_category(rows: list[dict], value: str = "iou") -> dict[str, float]:
         groups.setdefault(r["category"], []).append(r[value])
         if r["category"] != "warmup": groups.setdefault("overall", []).append(r[value])
     return {k: float(np.mean(v)) for k, v in sorted(groups.items())}
+
+# %% ../../nbs/api/train_generator.ipynb #b4271554
+def pack_examples(pack: Pack, n: int, seed: int = 0) -> list[tuple[np.ndarray, str, np.ndarray]]: # image uint8[H,W,3], question, mask bool[H,W]
+    "Some questions of a pack with their pictures and masks, the categories in turn."
+    rng, found = np.random.default_rng(seed), {}
+    for k in rng.permutation(len(pack)).tolist():
+        for q in rng.permutation(np.array(pack.questions[k], object)).tolist(): found.setdefault(q["c"], []).append((k, q))
+        if len(found) > 3 and all(len(v) >= n for v in found.values()): break
+    turns = [group[i] for i in range(n) for _, group in sorted(found.items()) if i < len(group)][:n]
+    return [(pack.image[k].cpu().numpy(), q["q"], np.isin(pack.part_map[k].cpu().numpy(), q["a"])) for k, q in turns]
+
+def draw_answers(generator, examples: list[tuple[np.ndarray, str, np.ndarray | None]]) -> list[Figure]:
+    "One picture each: initial mask and ground truth at the left, the attention map at the right."
+    figures = []
+    for image, question, truth in examples:
+        found = generator.ground(image, question)
+        figure = Figure(figsize=(6, 3.3), layout="constrained")
+        figure.suptitle("\n".join(wrap(question.replace("$", r"\$"), 80)), fontsize=8)
+        ax = picture_axes(figure, 1, 2, 1, image=image, title="initial mask" + ("" if truth is None else ", ground truth dotted"))
+        outline(ax, found.initial, PALETTE["initial"], fill=.35)
+        if truth is not None: outline(ax, truth, PALETTE["truth"], style=":")
+        draw_attention(picture_axes(figure, 1, 2, 2, image=image, title="attention"), found)
+        figures.append(figure)
+    return figures

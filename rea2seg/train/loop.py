@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LoopSettings', 'NaNLoss', 'linear_schedule', 'latest_checkpoint', 'save_checkpoint', 'Tracker', 'truncate_log', 'fit']
 
-# %% ../../nbs/api/train_loop.ipynb #57fd7bc6
+# %% ../../nbs/api/train_loop.ipynb #40dd96c5
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['LETTERS', 'ATTRIBUTES', 'part_attributes', 'part_objects', 'answer_parts', 'build_pack', 'Pack', 'sam_batches']
 
-# %% ../../nbs/api/train_pack.ipynb #263e4ad4
+# %% ../../nbs/api/train_pack.ipynb #f90735f5
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -58,7 +57,7 @@ def answer_parts(scene: Scene, targets) -> list[int]: # part indices
     "A compact answer, (object id, part name or None for all of it), as part indices."
     return [i for i, (o, name) in enumerate(scene.parts) if any(o == t and (part is None or part == name) for t, part in targets)]
 
-# %% ../../nbs/api/train_pack.ipynb #be756e1a
+# %% ../../nbs/api/train_pack.ipynb #8d14c089
 def _questions(job) -> tuple[list[dict], np.ndarray, np.ndarray]:
     "Everything about one scene that the CPU has to think about."
     scene, facts, n, seed, size_hw = job
@@ -93,7 +92,7 @@ def build_pack(
         for k, start in enumerate(todo):  # while one shard is drawn, the workers lay out the next one and question the last one
             made, ahead = list(ahead), layouts(todo[k + 1]) if k + 1 < len(todo) else None
             seen = [r for i in range(0, len(made), 64) for r in render(made[i:i + 64], size_hw, device)]
-            waiting.append((start, made, seen, spread(_questions, [(sc, r.facts, questions, sc.seed, size_hw) for sc, r in zip(made, seen)])))
+            waiting.append((start, made, seen, spread(_questions, [(sc, r.facts, questions, sc.seed, size_hw) for sc, r in zip(made, seen, strict=True)])))
             if len(waiting) > 1: _finish(folder, waiting.pop(0)); bar.update()
         for job in waiting: _finish(folder, job); bar.update()
         bar.close()

@@ -192,7 +192,7 @@ class _Scene:
         m = self.part_map[:, None].float()
         return F.max_pool2d(m, 5, 1, 2) != -F.max_pool2d(-m, 5, 1, 2)
 
-# %% ../../nbs/api/train_sam.ipynb #e7a80dad
+# %% ../../nbs/api/train_sam.ipynb #c335d1a5
 def _to_input(self, xy: Tensor, scene: _Scene) -> Tensor:
     return xy.float() * xy.new_tensor([self.sam.side / scene.W, self.sam.side / scene.H], dtype=torch.float32)
 
@@ -241,7 +241,7 @@ def _refine(self, features, high_res, scene: _Scene, g, *rounds):
     "Second round: a first-round mask as prompt, points of the target, sometimes a background point."
     s, B, half = self.settings, len(features), self.settings.refinements // 2
     logits, rows = [], []
-    for (found, target), n in zip(rounds, (half, s.refinements - half)):
+    for (found, target), n in zip(rounds, (half, s.refinements - half), strict=True):
         P = target.shape[1]
         pick = torch.rand(B, P, generator=g, device=target.device).masked_fill(~target.any(-1), -1).argsort(descending=True)[:, :n]
         which = torch.randint(0, 4, (B, n), generator=g, device=target.device)
@@ -264,7 +264,7 @@ def _refine(self, features, high_res, scene: _Scene, g, *rounds):
 
 for _f in (_to_input, _clicks, _sets, _regions, _refine): setattr(SamTrainee, _f.__name__, _f)
 
-# %% ../../nbs/api/train_sam.ipynb #319de119
+# %% ../../nbs/api/train_sam.ipynb #f19c5541
 def _loss(self, found: TokenMasks, rows: list[Tensor], scene: _Scene, name: str, log: dict, token0: float) -> Tensor:
     "Best-of-three mask loss for every target, token 0 for the last one, and the IoU estimates of all four."
     s, B = self.settings, len(scene.part_map)
@@ -277,7 +277,7 @@ def _loss(self, found: TokenMasks, rows: list[Tensor], scene: _Scene, name: str,
         on_target = [soft_ious(hard.reshape(B * P, 4, -1), o.reshape(B * P, 1, -1)).reshape(B, P, 4) for o in own]
         true = torch.stack([true, *on_target]).amax(0)
     total = s.iou_weight * F.mse_loss(found.ious.reshape(B, P, 4), true)
-    for i, (r, iou) in enumerate(zip(rows, on_target)):
+    for i, (r, iou) in enumerate(zip(rows, on_target, strict=True)):
         valid = r.any(-1).flatten()
         if i and len(rows) > 1: valid &= (r != rows[0]).any(-1).flatten()  # an object with one part is one target, not two
         if not valid.any(): continue
