@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOUNS', 'ADJECTIVES', 'ATTRIBUTE_NAMES', 'USES', 'RELATION_WORDS', 'ORDINALS', 'NUMBERS', 'SIDES_FROM', 'TEMPLATES',
            'noun', 'part_noun', 'a', 'closeness', 'ranking', 'phrase', 'it', 'count_of', 'definite', 'paraphrases',
-           'say', 'vocabulary', 'name_of', 'place_of', 'listing', 'summary', 'those', 'reasoning']
+           'say', 'vocabulary', 'name_of', 'place_of', 'listing', 'summary', 'those', 'workings', 'reasoning']
 
 # %% ../../nbs/api/scenes_language.ipynb #e80e845c
 import re
@@ -180,7 +180,7 @@ def vocabulary(text: str) -> list[str]:
     "The words of a text, lower case, single capital letters kept."
     return [w if len(w) == 1 and w.isupper() and w != "A" else w.lower() for w in re.findall(r"[A-Za-z0-9]+", text)]
 
-# %% ../../nbs/api/scenes_language.ipynb #ecc9ab72
+# %% ../../nbs/api/scenes_language.ipynb #0308fcf1
 def name_of(view: View, i: int) -> str:
     "An object in full: `small red metal cube`."
     o = view.objects[i]
@@ -188,10 +188,11 @@ def name_of(view: View, i: int) -> str:
     return " ".join([*filter(None, words), noun(o.kind)])
 
 def place_of(view: View, i: int) -> str:
-    "Where it is in the picture: `upper left`, `middle`."
+    "Where it is in the picture: `in the upper left`, `on the right`, `in the middle`."
     H, W = view.size_hw
-    row, col = ("upper", "", "lower")[min(2, int(3 * view.y[i] / H))], ("left", "", "right")[min(2, int(3 * view.x[i] / W))]
-    return f"{row} {col}".strip() or "middle"
+    row, col = min(2, int(3 * view.y[i] / H)), min(2, int(3 * view.x[i] / W))
+    if col == 1: return ("at the top", "in the middle", "at the bottom")[row]
+    return ("in the upper {}", "on the {}", "in the lower {}")[row].format("left" if col == 0 else "right")
 
 def listing(items: list[str]) -> str:
     "`a`, `a and b`, `a, b and c`."
@@ -219,37 +220,43 @@ def those(view: View, bits: int) -> str:
     count = Counter(name_of(view, i) for i in found)
     return listing([f"the {n}" if k == 1 else f"the {NUMBERS[k]} {_plural(n)}" for n, k in count.items()])
 
+def workings(view: View, node) -> list[str]:
+    "What has to be read or counted for one operation."
+    op, pool = node[0], list(members(run(view, node[-1])[0])) if isinstance(node[-1], (list, tuple)) else []
+    if op in ("letters", "letter"):
+        t = texts(view)
+        return [f"The {name_of(view, i)} reads {' '.join(t[i])}." for i in pool if t[i]]
+    if op in ("most", "fewest", "having"):
+        relation, counted = (node[1], node[2]) if op != "having" else (node[2], node[3])
+        what = run(view, counted)[0]
+        return [f"The {name_of(view, i)} has {NUMBERS[min(12, n)] if (n := (view.relate(relation, i)[0] & what).bit_count()) else 'none'} {it(relation)}." for i in pool[:4]]
+    if op == "commonest":
+        bits = run(view, node[-1])[0]
+        count = Counter({w: (s & bits).bit_count() for w, (s, _) in view.words[node[1]].items()}).most_common(2)
+        word = lambda w: noun(w, True) if node[1] == "kind" else ADJECTIVES.get(w, w)
+        return ["Most common " + ATTRIBUTE_NAMES[node[1]] + ": " + listing([f"{NUMBERS[min(k, 12)]} {word(w)}" for w, k in count if k]) + "."]
+    return []
+
 def reasoning(view: View, program, answer: Answer) -> str:
-    "Scene summary, steps in order of execution, final answer."
+    "Scene summary, references, steps in order of execution, final answer."
     lines, told = [summary(view)], set()
+    def add(*new): lines.extend(line for line in new if line not in lines)
     for ref in reversed(list(references(program))):
         i = one(view, ref)
         if (text := definite(ref)) in told: continue
         told.add(text)
-        lines.append(f"{text[0].upper()}{text[1:]} is in the {place_of(view, i)}.")
+        plain = all(n[0] in ("the", "filter", "scene") for n in path(ref))
+        for node in list(path(ref))[::-1]: add(*workings(view, node))
+        add(f"{text[0].upper()}{text[1:]} is {'' if plain else 'the ' + name_of(view, i) + ' '}{place_of(view, i)}.")
     nodes = [n for n in path(program) if n[0] not in ("the", "all", "part", "scene", "everything")][::-1]
     filters = [n for n in nodes if n[0] == "filter"]
-    if filters and len(filters) < len(nodes): lines.append(f"The {phrase(filters[-1], True)}: {those(view, run(view, filters[-1])[0])}.")
+    if filters and len(filters) < len(nodes): add(f"The {phrase(filters[-1], True)}: {those(view, run(view, filters[-1])[0])}.")
     for node in nodes:
         if node[0] == "filter" and len(filters) < len(nodes): continue
-        left = those(view, run(view, node)[0])
-        if node[0] in ("letters", "letter"):
-            t = texts(view)
-            for i in members(run(view, node[-1])[0]):
-                if t[i]: lines.append(f"The {name_of(view, i)} reads {' '.join(t[i])}.")
-        if node[0] in ("most", "fewest", "having"):
-            relation, counted = (node[1], node[2]) if node[0] != "having" else (node[2], node[3])
-            pool = run(view, counted)[0]
-            for i in list(members(run(view, node[-1])[0]))[:4]:
-                lines.append(f"The {name_of(view, i)} has {NUMBERS[min(12, (view.relate(relation, i)[0] & pool).bit_count())]} {it(relation)}.")
-        if node[0] == "commonest":
-            pool = run(view, node[-1])[0]
-            count = Counter({w: (s & pool).bit_count() for w, (s, _) in view.words[node[1]].items()}).most_common(2)
-            word = lambda w: noun(w, True) if node[1] == "kind" else ADJECTIVES.get(w, w)
-            lines.append("Most common " + ATTRIBUTE_NAMES[node[1]] + ": " + listing([f"{NUMBERS[min(k, 12)]} {word(w)}" for w, k in count if k]) + ".")
-        what = _behind(node, True) if node[0] not in ("filter", "purpose", "thin") else {"filter": phrase(node, True), "thin": "thin"}.get(node[0]) or f"things {USES[node[1]][1]}"
-        lines.append(f"{what[0].upper()}{what[1:]}: {left}.")
+        add(*workings(view, node))
+        what = _behind(node, True) if node[0] not in ("filter", "purpose", "thin", "camouflaged", "rank") else {"filter": phrase(node, True), "thin": "thin", "camouflaged": "like the ground"}.get(node[0]) or (
+            ranking(node[1], node[2]) if node[0] == "rank" else f"things {USES[node[1]][1]}")
+        add(f"{what[0].upper()}{what[1:]}: {those(view, run(view, node)[0])}.")
     i = answer.sure.bit_length() - 1
-    if answer.many: lines.append(f"So the answer is {'the ' + part_noun(answer.part, True) + ' of ' if answer.part else ''}{those(view, answer.sure)}.")
-    else: lines.append(f"So the answer is {'the ' + answer.part + ' of ' if answer.part else ''}the {name_of(view, i)} in the {place_of(view, i)}.")
-    return " ".join(lines)
+    part = f"the {part_noun(answer.part, answer.many)} of " if answer.part else ""
+    return " ".join([*lines, f"So the answer is {part}{those(view, answer.sure) if answer.many else f'the {name_of(view, i)} {place_of(view, i)}'}."])
