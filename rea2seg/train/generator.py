@@ -359,7 +359,7 @@ def by_category(rows: list[dict], value: str = "iou") -> dict[str, float]:
         if r["category"] != "warmup": groups.setdefault("overall", []).append(r[value])
     return {k: float(np.mean(v)) for k, v in sorted(groups.items())}
 
-# %% ../../nbs/api/train_generator.ipynb #b4271554
+# %% ../../nbs/api/train_generator.ipynb #e6d16c13
 def pack_examples(pack: Pack, n: int, seed: int = 0) -> list[tuple[np.ndarray, str, np.ndarray]]: # image uint8[H,W,3], question, mask bool[H,W]
     "Some questions of a pack with their pictures and masks, the categories in turn."
     rng, found = np.random.default_rng(seed), {}
@@ -373,7 +373,7 @@ def draw_answers(generator, examples: list[tuple[np.ndarray, str, np.ndarray | N
     "One picture each: initial mask and ground truth at the left, the attention map at the right."
     figures = []
     for image, question, truth in examples:
-        found = generator.ground(image, question)
+        found = generator.ground(image, question).split()[0]
         figure = Figure(figsize=(6, 3.3), layout="constrained")
         figure.suptitle("\n".join(wrap(question.replace("$", r"\$"), 80)), fontsize=8)
         ax = picture_axes(figure, 1, 2, 1, image=image, title="initial mask" + ("" if truth is None else ", ground truth dotted"))
