@@ -16,15 +16,15 @@ from PIL import Image
 from .masks import from_rle
 from .scenes.benchmark import load_world
 
-# %% ../nbs/api/demo.ipynb #77f1dcb6
-def demo_sample(number: int = 0, seed: int = 0):
+# %% ../nbs/api/demo.ipynb #521e12fb
+def demo_sample(number: int = 20, seed: int = 0):
     "A validation sample of the rendered world: picture, question, mask."
     return next(s for i, s in enumerate(load_world("val", n=number + 1, seed=seed)) if i == number)
 
 def main(argv: list[str] | None = None) -> int:
     "`python -m rea2seg.demo`: render, ask, segment, compare with the truth."
     p = argparse.ArgumentParser(prog="rea2seg.demo", description=main.__doc__)
-    p.add_argument("--out", default="out/demo"); p.add_argument("--number", type=int, default=0, help="of the sample"); p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="out/demo"); p.add_argument("--number", type=int, default=20, help="of the sample"); p.add_argument("--seed", type=int, default=0)
     a = p.parse_args(argv)
     from rea2seg.cli import main as rea2seg
     sample, out = demo_sample(a.number, a.seed), Path(a.out)
