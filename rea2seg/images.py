@@ -28,14 +28,14 @@ class ImageLimits:
 Image.init()  # registers every format, so that the list below can be looked up
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-# %% ../nbs/api/images.ipynb #8f878b1d
+# %% ../nbs/api/images.ipynb #ce331cbd
 def to_rgb(picture: Image.Image) -> Image.Image:
     "Any Pillow mode as RGB: EXIF rotation applied, 16 bits scaled, transparency over white."
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.asarray(picture).astype(np.float64)
         if not np.isfinite(values).all(): raise ImageError("has NaN or infinite pixels")
-        if picture.mode == "F" and values.max(initial=0) <= 1: values = values * 65535
+        if picture.mode == "F" and values.min(initial=0) >= 0 and values.max(initial=0) <= 1: values = values * 65535
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535: raise ImageError(f"has values from {values.min():g} to {values.max():g}, expected 16 bits")
         return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:

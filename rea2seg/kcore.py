@@ -79,7 +79,7 @@ def as_candidates(
     logits = sam.upscale(decoded.logits[0, keep], embedding)
     return CandidateSet(logits > 0, (source,) * len(keep), ious[keep], stability_score(logits, settings.stability_offset))
 
-# %% ../nbs/api/kcore.ipynb #73dd43d5
+# %% ../nbs/api/kcore.ipynb #62840184
 def semantic_candidates(
     sam: Sam,
     grounding: Grounding, # of one prompt token, with its embedding
@@ -89,7 +89,7 @@ def semantic_candidates(
     "Self-refinement: main core of the similarity graph, background point and mask prompt to SAM in multimask mode (section 4.2)."
     embedding = grounding.embedding
     features = point_features(embedding, seeds.points_xy)
-    alike = features @ features.T > settings.similarity
+    alike = (features @ features.T).clamp(max=1) > settings.similarity # rounding must not lift a cosine above 1
     core = main_core(alike & alike.T) # a product may be rounded differently on the two sides of the diagonal
     if not len(core):
         H, W = embedding.orig_hw
