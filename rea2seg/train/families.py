@@ -114,7 +114,7 @@ def prepare_sample(generator: Generator, sample: Sample, masked: bool = True) ->
     ignore = sample.load_ignore()
     return out | dict(sam_pixels=pixels, input_hw=input_hw, mask=torch.from_numpy(mask), keep=None if ignore is None else torch.from_numpy(~ignore))
 
-# %% ../../nbs/api/train_families.ipynb #dfe0d553
+# %% ../../nbs/api/train_families.ipynb #aaad84b8
 def _drop_frozen(module: nn.Module, state: dict, prefix: str, _):
     "The run's checkpoints hold what is trained; the rest is in the checkpoint it started from."
     for k in list(state):
@@ -140,6 +140,7 @@ class SampleTrainee(nn.Module):
         embeds, text = (_lens_pass if self.generator.family == "lens" else _lisa_pass)(self, batch)
         total, log = s.text_weight * text + embeds.sum() * 0, {"text": text.detach()}
         log["prompt_spread"] = embeds.detach().float().std(0, correction=0).mean() if len(embeds) else torch.tensor(0.0)
+        if not torch.isfinite(total): return total, log  # the loop stops and saves the batch
         masks, bce, dice, iou = self._mask_losses(embeds, [one for one in batch if "mask" in one])
         share = masks / len(batch)  # samples without a mask count as zero, so that a batch can be shared out
         total = total + share * (s.bce_weight * bce + s.dice_weight * dice)

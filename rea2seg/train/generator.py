@@ -114,7 +114,7 @@ def per_owner(values: Tensor, owner: Tensor, n: int) -> Tensor: # scalar
     count = torch.bincount(owner, minlength=n).clamp(min=1)
     return (torch.zeros(n, device=values.device).index_add(0, owner, values) / count).mean()
 
-# %% ../../nbs/api/train_generator.ipynb #c5b20b0b
+# %% ../../nbs/api/train_generator.ipynb #0b704f07
 class GeneratorTrainee(nn.Module):
     "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), pick int[B,n] of those whose masks are decoded."
     progress = 0.0
@@ -157,7 +157,7 @@ class GeneratorTrainee(nn.Module):
         if out.answer_logits is not None and len(out.answer_ids):
             loss = per_owner(F.cross_entropy(out.answer_logits.float(), out.answer_ids, reduction="none"), out.answer_of, B * Q)
             total = total + s.text_weight * loss; log["text"] = loss.detach()
-        if (s.bce_weight or s.dice_weight) and self.progress >= s.mask_from:
+        if (s.bce_weight or s.dice_weight) and self.progress >= s.mask_from and torch.isfinite(total):
             loss, log["iou"] = self._mask_loss(image, out.prompt_embeds.reshape(B, Q, -1), masks, batch["pick"].to(device))
             total = total + loss; log["mask"] = loss.detach()
         return total, log

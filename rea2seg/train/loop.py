@@ -97,7 +97,7 @@ def truncate_log(path: Path, step: int):
     lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
     tmp = path.with_suffix(".tmp"); tmp.write_text("".join(line + "\n" for line in lines)); os.replace(tmp, path)
 
-# %% ../../nbs/api/train_loop.ipynb #0f01528e
+# %% ../../nbs/api/train_loop.ipynb #d2b2c2a8
 def fit(
     model: nn.Module,                 # forward(batch, step) -> loss, {name: number}
     batch_at: Callable[[int, int, int], Any], # (micro-step, rank, world) -> this process' part of the batch
@@ -140,7 +140,8 @@ def fit(
     while step < settings.steps:
         totals: dict[str, float] = {}
         done = progress_of(step)
-        factor = min(linear_schedule(step, settings.warmup_steps, settings.steps), linear_schedule(done, 0, settings.steps))
+        factor = linear_schedule(step, settings.warmup_steps, settings.steps)
+        if done > step: factor = min(factor, linear_schedule(done, 0, settings.steps))  # the clock is ahead
         for g, rate in zip(optimizer.param_groups, rates, strict=True): g["lr"] = rate * factor
         for micro in range(settings.accumulation):
             model_.progress = done / settings.steps
@@ -191,4 +192,4 @@ def _check_loss(loss: Tensor, batch: Any, folder: Path, step: int, accelerator: 
     if here: raise NaNLoss(f"another process' loss is not a number at step {step}; it saved its batch in {folder}")
     path = Path(folder) / f"nan-batch-step{step}-rank{accelerator.process_index}.pt"
     torch.save(batch, path)
-    raise NaNLoss(f"loss is {float(loss)} at step {step}; the batch is saved in {path}, the newest checkpoint is {latest_checkpoint(folder)}")
+    raise NaNLoss(f"loss is {float(loss.detach())} at step {step}; the batch is saved in {path}, the newest checkpoint is {latest_checkpoint(folder)}")
