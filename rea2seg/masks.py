@@ -20,7 +20,7 @@ def check_masks(masks: Tensor | np.ndarray, name: str = "masks") -> Tensor:
         raise TypeError(f"{name} must be bool[N,H,W], got {str(t.dtype).removeprefix('torch.')}{list(t.shape)}")
     return t
 
-# %% ../nbs/api/masks.ipynb #d595023b
+# %% ../nbs/api/masks.ipynb #f85218a6
 def to_rle(
     mask: Tensor | np.ndarray, # bool[H,W]
 ) -> dict: # {"size": [H, W], "counts": str}, JSON-ready
@@ -39,10 +39,13 @@ def from_rle(
         counts = rle["counts"]
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f"an RLE has 'size' [H, W] and 'counts', got {rle!r:.80}") from e
     if isinstance(counts, (list, tuple)):
+        if any(type(n) is not int or n < 0 for n in counts): raise ValueError(f"RLE counts must be whole numbers from 0 on, got {str(counts):.80}")
         if sum(counts) != H * W: raise ValueError(f"RLE counts add up to {sum(counts)}, size is {H}x{W} = {H * W}")
         rle = coco.frPyObjects({"size": [H, W], "counts": list(counts)}, H, W)
     else:
-        rle = {"size": [H, W], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+        if isinstance(counts, str): counts = counts.encode()
+        if not isinstance(counts, bytes): raise ValueError(f"RLE counts must be text, bytes or a list, got {type(counts).__name__}")
+        rle = {"size": [H, W], "counts": counts}
     if not 0 < H * W < 2**31: raise ValueError(f"RLE size {H}x{W} is not a picture's")
     lengths = _run_lengths(rle["counts"])
     if sum(lengths) != H * W: raise ValueError(f"RLE counts add up to {sum(lengths)}, size is {H}x{W} = {H * W}")
