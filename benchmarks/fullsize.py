@@ -1,6 +1,6 @@
 """Time and memory of every stage at the released size: Qwen2.5-VL-3B with 64 queries and SAM 2 Hiera-L, random weights, bfloat16, one GPU.
 
-    python benchmarks/fullsize.py [--small] [--csv figures/benchmark_fullsize.csv]
+    python benchmarks/fullsize.py [--small] [--csv benchmarks/results/fullsize.csv]
 """
 import argparse
 import csv
@@ -48,7 +48,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--small", action="store_true", help="a few million parameters, to try the script on a CPU")
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--answer", type=int, default=64, help="tokens of the written answer")
-    p.add_argument("--csv", default="figures/benchmark_fullsize.csv")
+    p.add_argument("--csv", default="benchmarks/results/fullsize.csv")
     a = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not a.small: raise SystemExit("this benchmark needs a CUDA device; --small tries it on a CPU")
@@ -85,7 +85,8 @@ def main():
     print(f"{rows[-1]['stage']:44}{total:>10.1f} ms {rows[-1]['peak_gib']:>8.2f} GiB, {len(state['candidates (3 + 3 + 9 masks)'])} candidates")
     Path(a.csv).parent.mkdir(parents=True, exist_ok=True)
     with open(a.csv, "w", newline="") as f:
-        w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
+        device_name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        w = csv.DictWriter(f, ["stage", "ms", "peak_gib", "device"]); w.writeheader(); w.writerows(r | {"device": device_name} for r in rows)
 
 
 if __name__ == "__main__":
