@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['demo_sample', 'main']
 
-# %% ../nbs/api/demo.ipynb #b51acf53
+# %% ../nbs/api/demo.ipynb #42b39eb8
 import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from .masks import from_rle

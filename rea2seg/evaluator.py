@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Evaluator', 'PredictedIou', 'Oracle', 'Random', 'AttentionAgreement', 'attention_on_pixels',
            'load_evaluator']
 
-# %% ../nbs/api/evaluator.ipynb #999f087d
+# %% ../nbs/api/evaluator.ipynb #ec33f3bd
 import hashlib
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .evaluator_api import ApiEvaluator
-from .evaluator_internvl import GroupInputs, InternvlEvaluator, collate
+from .evaluator_internvl import GroupInputs, InternvlEvaluator, collate # noqa: F401, part of this module's names
 from .groups import check_inputs
-from .internvl import load_internvl, new_internvl, save_evaluator
+from .internvl import load_internvl, new_internvl, save_evaluator # noqa: F401
 from .masks import pairwise_iou
 from .records import CandidateSet, Grounding, Scores
 from .settings import Settings

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ApiOptions', 'ApiError', 'read_scores', 'png_part', 'messages', 'RateLimit', 'ask', 'AnswerCache', 'ApiEvaluator']
 
-# %% ../nbs/api/evaluator_api.ipynb #778bbe13
+# %% ../nbs/api/evaluator_api.ipynb #9b765b4a
 import base64
 import hashlib
 import io
@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from .groups import GroupScorer, GroupScores, ViewStyle, draw_masks
-from .prompts import TEMPLATES, Picture, opening, stages
+from .prompts import END, START, TEMPLATES, opening, stages
 from .settings import Settings, load_section
 
 # %% ../nbs/api/evaluator_api.ipynb #d8c4a092
@@ -71,7 +71,7 @@ def read_scores(
             if len(found) == n: return [float(s) for s in found], text[:text.rindex(line)].strip()
     raise ValueError(f"expected {n} scores from 0.00 to 1.00, the server wrote {text.strip()[-160:]!r}" if text.strip() else "the server wrote nothing")
 
-# %% ../nbs/api/evaluator_api.ipynb #1742bd78
+# %% ../nbs/api/evaluator_api.ipynb #b7195007
 def png_part(picture: np.ndarray, longest: int = 0) -> dict:
     "A picture as an `image_url` part."
     p = Image.fromarray(np.ascontiguousarray(picture))
@@ -91,16 +91,15 @@ def messages(
     "System and user message; turns are for local models, a server gets one question for all masks."
     n = len(pictures) - 1
     asked = opening(template, question, settings.mask_view, settings.question_place) + stages(template, question, n, settings.question_place, settings.chain_of_thought)[0].parts
+    start, end = (max(i for i, p in enumerate(asked[:-1]) if p == START and asked[i + 1].startswith("user\n")), len(asked) - 1 - asked[::-1].index(END))
     content, run = [], ""
-    # control tokens are the server's business: what stands between the user's start and the answer's is the content
-    body = [p for p in asked[6:] if isinstance(p, (str, Picture))][:-1] # without "assistant"
-    for p in ["Image-1: ", *body[:-1]]:
+    for p in [asked[start + 1].removeprefix("user\n"), *asked[start + 2:end], None]: # control tokens are the server's business
         if isinstance(p, str): run += p; continue
         if run: content.append({"type": "text", "text": run}); run = ""
-        content.append(pictures[p.index])
-    return [{"role": "system", "content": template.system}, {"role": "user", "content": content + ([{"type": "text", "text": run}] if run else [])}]
+        if p is not None: content.append(pictures[p.index])
+    return [{"role": "system", "content": template.system}, {"role": "user", "content": content}]
 
-# %% ../nbs/api/evaluator_api.ipynb #de8f9f8f
+# %% ../nbs/api/evaluator_api.ipynb #012af214
 def _wait_of(response: requests.Response | None) -> float | None: # seconds
     "What `Retry-After` says, as seconds or as a date."
     value = response.headers.get("Retry-After") if response is not None else None
@@ -122,6 +121,16 @@ class RateLimit:
             wait, self.next = max(0.0, self.next - now), max(now, self.next) + self.gap
         if wait: sleep(wait)
 
+def _post(url: str, body: dict, headers: dict, seconds: float, most: int = 2**24) -> tuple[requests.Response, bytes]:
+    "The whole reply within the time; a time-out of requests alone starts anew with every byte that drips in."
+    end, content = time.monotonic() + seconds, b""
+    with requests.post(url, json=body, headers=headers, timeout=seconds, stream=True) as response:
+        for chunk in response.iter_content(2**14):
+            content += chunk
+            if time.monotonic() > end: raise requests.Timeout(f"no complete reply within {seconds:g} s")
+            if len(content) > most: raise ValueError(f"a reply of more than {most} bytes")
+        return response, content
+
 _again = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 def ask(
@@ -134,19 +143,19 @@ def ask(
     "One request with retries."
     key = os.environ.get(options.key_variable, "") if options.key_variable else ""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    fault, spent = "", {"prompt_tokens": 0, "completion_tokens": 0}
+    wait, fault, spent = 0.0, "", {"prompt_tokens": 0, "completion_tokens": 0}
     for tries in range(options.retries + 1):
         if tries: sleep(wait)
         (limit or RateLimit(0))(sleep)
         wait, response = min(options.longest_wait, options.backoff * 2 ** tries) * (0.5 + random.random() / 2), None
         try:
-            response = requests.post(f"{options.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=options.timeout)
+            response, content = _post(f"{options.url.rstrip('/')}/chat/completions", body, headers, options.timeout)
             if response.status_code != 200:
-                fault = f"status {response.status_code}: {response.text[:200]!r}"
+                fault = f"status {response.status_code}: {content[:200].decode(errors='replace')!r}"
                 if response.status_code not in _again: raise ApiError(f"{options.url} refused the request with {fault}")
                 wait = min(options.longest_wait, _wait_of(response) if _wait_of(response) is not None else wait)
                 continue
-            reply = response.json()
+            reply = json.loads(content)
             for k in spent: spent[k] += int((reply.get("usage") or {}).get(k) or 0)   # what an unusable answer cost counts, too
             text = reply["choices"][0]["message"]["content"]
             if isinstance(text, list): text = "".join(p.get("text", "") for p in text)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'LineWriter', 'write_freely', 'InternvlOptions', 'GroupInputs', 'GroupBuilder', 'collate', 'InternvlEvaluator']
 
-# %% ../nbs/api/evaluator_internvl.ipynb #f6a83a0d
+# %% ../nbs/api/evaluator_internvl.ipynb #6d23fc14
 import copy
 import hashlib
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from .groups import GroupScorer, GroupScores, ViewStyle, draw_masks
 from .internvl import Internvl
-from .prompts import TEMPLATES, Encoder, Stage, opening, stages
+from .prompts import TEMPLATES, Encoder, opening, stages
 from .scoreline import SCORES, ScoreGrammar, ScoreTree, written
 from .settings import Settings, load_section
 from .tiles import cut

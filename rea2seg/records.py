@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'expect', 'ImageEmbedding', 'Grounding', 'Seeds', 'CandidateSet', 'Scores']
 
-# %% ../nbs/api/records.ipynb #62932f7d
-from dataclasses import dataclass, field, fields, replace
+# %% ../nbs/api/records.ipynb #cc68db09
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strip_prefix', 'load_sam2', 'load_sam1']
 
-# %% ../nbs/api/sam.ipynb #4f6f33f2
+# %% ../nbs/api/sam.ipynb #113b7870
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from .checkpoints import CheckpointError, load_strict, read_file, read_state, resolve
 from .sam1_model import Sam1, Sam1Config, rename_sam1, sam1_config
 from .sam2_model import Sam2, Sam2Config, sam2_config
-from .sam_core import Sam, empty_sam
-from .sam_decoder import Decoded, TokenMasks
+from .sam_core import Sam, empty_sam # noqa: F401, part of this module's names
+from .sam_decoder import Decoded, TokenMasks # noqa: F401
 
 # %% ../nbs/api/sam.ipynb #b9572d43
 _memory = ("memory_attention.*", "memory_encoder.*", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj.*", "obj_ptr_tpos_proj.*", "mask_downsample.*")

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SAM1_SIZES', 'Sam1Config', 'sam1_config', 'rename_sam1', 'Sam1']
 
-# %% ../nbs/api/sam1_model.ipynb #2900219c
+# %% ../nbs/api/sam1_model.ipynb #4c4f9b31
 import re
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'written', 'number_tokens', 'Choice', 'ScoreGrammar', 'ScoreTree']
 
-# %% ../nbs/api/scoreline.ipynb #17c19226
-import re
+# %% ../nbs/api/scoreline.ipynb #34c1e798
 from dataclasses import dataclass, field
 
 import torch

@@ -97,10 +97,12 @@ class World:
         """Does `front` cover most of what is missing of `back`? Measured by rendering `back` alone."""
         from dataclasses import replace
 
-        from rea2seg.scenes.render import render
+        from rea2seg.scenes.cast import cast, pack
         if back not in self.alone:
             lonely = replace(self.scene, objects=(replace(self.obj[back], on=None, inside=None),))
-            self.alone[back] = render([lonely], self.seen.object_ids.shape)[0].object_ids == back
+            packed = pack([lonely]) # the cast alone: colours and shadows do not matter here
+            solid = cast(packed, self.seen.object_ids.shape, "cpu").solid[0]
+            self.alone[back] = ((solid >= 0) & (packed.object_id[packed.owner][solid.clamp(min=0)] == back)).numpy()
         alone = self.alone[back]
         lost = alone & ~self.mask[back]
         return lost.sum() > .35 * alone.sum() and (lost & self.mask[front]).sum() > .6 * lost.sum()

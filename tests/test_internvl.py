@@ -20,6 +20,15 @@ SMALL = InternvlSize(side=64, patch=16, vision_width=32, vision_layers=2, vision
                      downsample=0.5, rope_theta=10000.0, positions=4096, tokens=400)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Models this small are slower with more, much slower where other programs want the cores."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def want(): return load_file(FIXTURE / "outputs.safetensors")
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'Key', 'SPLITS', 'FITTING', 'FORBIDDEN', 'WorldError', 
            'scene_seed', 'fitting', 'world_scene', 'Shares', 'compose', 'manifest_path', 'write_manifest',
            'read_manifest', 'from_manifest', 'cache_root', 'recipe', 'World', 'load_world']
 
-# %% ../../nbs/api/scenes_benchmark.ipynb #981487e4
+# %% ../../nbs/api/scenes_benchmark.ipynb #48c80e5e
 import base64
 import hashlib
 import io
@@ -16,7 +16,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path

@@ -9,13 +9,11 @@ __all__ = ['shared_attribute', 'relative_size', 'relative_position', 'between_tw
            'tallest_of_related', 'near_the_largest', 'by_count', 'by_frequency', 'by_purpose', 'plain_name',
            'plain_set', 'plain_part', 'plain_order']
 
-# %% ../../nbs/api/scenes_families.ipynb #bdd9852f
-from random import Random
-
-from .describe import EVERYTHING, FAMILIES, PARTS, SCENE, anchor, choose, descriptions, family, filters, group, kinds, names, nouns, several, single
+# %% ../../nbs/api/scenes_families.ipynb #ecd30eaf
+from .describe import EVERYTHING, FAMILIES, PARTS, SCENE, anchor, choose, descriptions, family, filters, group, kinds, names, nouns, several, single # noqa: F401, FAMILIES is filled below and used from here
 from .language import ATTRIBUTE_NAMES, RELATION_WORDS, closeness, count_of, definite, it, part_noun, phrase, ranking
 from .programs import PURPOSES, readable, run, texts
-from .view import SIDES, SIZES_THAN, THIN, TOPOLOGY, View, members
+from .view import SIDES, SIZES_THAN, THIN, TOPOLOGY, members
 
 # %% ../../nbs/api/scenes_families.ipynb #f6b25178
 @family("geometric", "attribute")
