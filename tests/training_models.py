@@ -1,6 +1,10 @@
 """Small models and samples that the tests of training share; run as a script it is one training, for `accelerate launch` and for being killed."""
+import atexit
 import json
+import shutil
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from rea2seg.settings import load_section
 from rea2seg.train.families import train_samples
 from rea2seg.train.generator import GeneratorShape, new_generator
 from rea2seg.train.samples import Mixture, SampleTraining
+from rea2seg.train.tiny import main
 
 SAM2 = dict(embed_dim=16, num_heads=1, stages=(1, 1, 2), global_att_blocks=(3,), window_pos_embed_bkg_spatial_size=(4, 4), window_spec=(4, 4, 4), image_size=64, dim=32,
             decoder_heads=2, decoder_mlp=32, iou_hidden=16)
@@ -48,5 +53,21 @@ def curve(folder: Path) -> list[dict]:
 def train(folder: str, **changes) -> list[dict]:
     s = settings(**changes)
     return train_samples(lens(), Mixture({"referring": squares(11)}, s.weights), folder, s, progress=False)
+
+@cache
+def stack() -> Path:
+    "The embedded stack's own commands at a very small size: packs, small SAM, small generator, and a second stretch of the generator."
+    folder = Path(tempfile.mkdtemp(prefix="rea2seg-stack-"))
+    atexit.register(shutil.rmtree, folder, True)
+    base = ["--device", "cpu", "--workers", "0"]
+    choose = lambda **s: [x for k, v in s.items() for x in ("--set", f"{k}={v}")]
+    main(["pack", "--pack", f"{folder}/train", "--scenes", "5", *base]); main(["validation", "--pack", f"{folder}/val", "--scenes", "2", *base])
+    data = ["--pack", f"{folder}/train", "--validation", f"{folder}/val", *base]
+    few = dict(batch_size=2, warmup_steps=1, log_every=1, precision="no")
+    main(["sam", *data, "--out", f"{folder}/one", *choose(steps=6, plain_steps=0, clicks=2, floor_clicks=1, regions=2, refinements=2, **few)])
+    own = choose(questions=4, mask_questions=2, **few)
+    main(["generator", *data, "--sam", f"{folder}/one/sam", "--out", f"{folder}/one", *own, *choose(steps=6, mask_from=0.7)])
+    main(["generator", *data[:2], *base, "--start", f"{folder}/one/generator", "--out", f"{folder}/two", *own, *choose(steps=1, mask_from=1.5)])
+    return folder
 
 if __name__ == "__main__": train(sys.argv[1], **json.loads(sys.argv[2]))

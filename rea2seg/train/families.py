@@ -31,7 +31,7 @@ from .loop import Tracker, fit
 from .sam import mask_losses
 from .samples import Mixture, SampleBatches, SampleTraining
 
-# %% ../../nbs/api/train_families.ipynb #e479601b
+# %% ../../nbs/api/train_families.ipynb #629c6fc5
 CONNECTION = {"lens": ("learnable_query", "connector.", "conv_1d.", "proj_to_sam.", "sam_position."), "lisa": ("model.text_hidden_fcs.",)}
 WORDS = ("model.embed_tokens.", "lm_head.")
 
@@ -49,7 +49,8 @@ def choose_weights(generator: Generator, s: SampleTraining) -> list[str]: # name
     for n in names: own[n].requires_grad_(True); own[n].data = own[n].data.float()
     if s.checkpointing:
         llm = generator.model.mllm if generator.family == "lens" else model
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable  # renamed in newer releases of transformers
+        enable({"use_reentrant": False})
     return names
 
 def merge_lora(model: nn.Module) -> nn.Module:

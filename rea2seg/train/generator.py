@@ -114,7 +114,7 @@ def per_owner(values: Tensor, owner: Tensor, n: int) -> Tensor: # scalar
     count = torch.bincount(owner, minlength=n).clamp(min=1)
     return (torch.zeros(n, device=values.device).index_add(0, owner, values) / count).mean()
 
-# %% ../../nbs/api/train_generator.ipynb #0b704f07
+# %% ../../nbs/api/train_generator.ipynb #d7f68cfe
 class GeneratorTrainee(nn.Module):
     "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), pick int[B,n] of those whose masks are decoded."
     progress = 0.0
@@ -153,7 +153,7 @@ class GeneratorTrainee(nn.Module):
             with torch.no_grad(): goal = region_tokens(self.sam, masks, self._grid(part_map.shape[1:])).flatten(0, 1)
             loss = F.mse_loss(out.prompt_embeds[:, 0].float(), goal)
             total = total + s.align_weight * loss; log["align"] = loss.detach()
-        log["prompt_spread"] = out.prompt_embeds.detach().float().std(0).mean()
+        log["prompt_spread"] = out.prompt_embeds.detach().float().std(0, correction=0).mean()
         if out.answer_logits is not None and len(out.answer_ids):
             loss = per_owner(F.cross_entropy(out.answer_logits.float(), out.answer_ids, reduction="none"), out.answer_of, B * Q)
             total = total + s.text_weight * loss; log["text"] = loss.detach()
@@ -221,19 +221,19 @@ def init_generator(model: LensModel, std: float = 0.05, seed: int = 0) -> LensMo
         if model.sam_position is not None: nn.init.normal_(model.sam_position.weight, std=std)
     return model
 
-# %% ../../nbs/api/train_generator.ipynb #e2095061
+# %% ../../nbs/api/train_generator.ipynb #fdc1bff8
 class QuestionBatches:
     "`batch_at` of `train.loop.fit` over a pack; reads the curriculum's share from `progress()`."
     def __init__(self, pack: Pack, ask: Callable[[list[str]], list[tuple[list[int], list[int]]]], settings: GeneratorTraining, progress: Callable[[], float] = lambda: 1.0):
         self.pack, self.settings, self.progress = pack, settings, progress
+        asked = [k for k, qs in enumerate(pack.questions) if qs]
+        if not asked: raise ValueError("no scene of the pack has a question")
+        if empty := next((q["q"] for qs in pack.questions for q in qs if not q["a"]), None): raise ValueError(f"a question of the pack has no mask: {empty!r}")
         texts = sorted({q["q"] for qs in pack.questions for q in qs})
         cut = dict(zip(texts, ask(texts), strict=True))
         if len(prefixes := {tuple(p) for p, _ in cut.values()}) != 1: raise ValueError(f"the prompts of a pack must begin alike, there are {len(prefixes)} beginnings")
         self.prefix = list(prefixes.pop())
         self.suffix = {t: rest for t, (_, rest) in cut.items()}
-        asked = [k for k, qs in enumerate(pack.questions) if qs]
-        if not asked: raise ValueError("no scene of the pack has a question")
-        if empty := next((q["q"] for qs in pack.questions for q in qs if not q["a"]), None): raise ValueError(f"a question of the pack has no mask: {empty!r}")
         self.scene = [k if qs else asked[k % len(asked)] for k, qs in enumerate(pack.questions)]  # another one stands in for a scene without questions
         self.groups = [self._by_category(qs) for qs in pack.questions]
 

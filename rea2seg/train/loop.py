@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoopSettings', 'NaNLoss', 'linear_schedule', 'latest_checkpoint', 'save_checkpoint', 'Tracker', 'truncate_log', 'fit']
 
-# %% ../../nbs/api/train_loop.ipynb #40dd96c5
+# %% ../../nbs/api/train_loop.ipynb #eccbb419
 import json
 import math
 import os
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -97,7 +98,7 @@ def truncate_log(path: Path, step: int):
     lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
     tmp = path.with_suffix(".tmp"); tmp.write_text("".join(line + "\n" for line in lines)); os.replace(tmp, path)
 
-# %% ../../nbs/api/train_loop.ipynb #d2b2c2a8
+# %% ../../nbs/api/train_loop.ipynb #66e2d985
 def fit(
     model: nn.Module,                 # forward(batch, step) -> loss, {name: number}
     batch_at: Callable[[int, int, int], Any], # (micro-step, rank, world) -> this process' part of the batch
@@ -114,6 +115,7 @@ def fit(
 ) -> list[dict]: # the log
     "Train with AdamW until `settings.steps`; continues from the newest checkpoint in `folder`."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     accelerator = Accelerator(gradient_accumulation_steps=settings.accumulation, mixed_precision=settings.precision, cpu=cpu,
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     set_seed(settings.seed)
