@@ -51,7 +51,7 @@ def make_validation(folder: str | Path, device: str = "cpu", workers: int = 2, s
     s = load_section(PackSettings, "tiny.pack")
     return build_pack(folder, scenes or s.val_scenes, s.theme_list, "val", 0, 0, s.questions, (s.size, s.size), device, workers)
 
-# %% ../../nbs/api/train_tiny.ipynb #2d7cf992
+# %% ../../nbs/api/train_tiny.ipynb #41fe4f37
 def save_sam(sam: Sam2, folder: str | Path, report: dict | None = None) -> Path:
     "Weights under upstream names, and the shape that `load_sam2` needs."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def train_sam(pack: Pack, folder: str | Path, validation: Pack | None = None, mi
     s = load_section(SamTraining, "tiny.sam", **changes)
     sam = (read_sam(start).requires_grad_(True) if start else new_sam(seed=s.seed)).to(device).train()
     validate = None if validation is None else lambda m, step: {f"val_{k}": v for k, v in measure_sam(m.sam, validation, 40).items()}
-    fit(SamTrainee(sam, s), sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run", validate=validate, minutes=minutes, time_schedule=minutes is not None,
+    fit(SamTrainee(sam, s), sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run-sam", validate=validate, minutes=minutes, time_schedule=minutes is not None,
         cpu=device == "cpu", tracker=tracker)
     if not PartialState().is_main_process: return sam.freeze()
     report = measure_sam(sam, validation) if validation is not None else {}
