@@ -311,3 +311,20 @@ def test_hub_id_whose_repository_is_unreachable(monkeypatch):
     def offline(*a, **k): raise OSError("no route to host")
     for name in ("HfApi", "snapshot_download"): monkeypatch.setattr(module, name, offline)
     with pytest.raises(CheckpointError, match="'no-one/nothing' is not a folder here.*no route to host"): Rea2Seg.from_profile("tiny", generator="no-one/nothing", evaluator="attention")
+
+def test_sam_of_an_impossible_shape(folders, tmp_path):
+    "Hiera pools inside windows where a stage opens; a block without a window there would divide by zero."
+    import shutil
+    folder = shutil.copytree(folders["lens"], tmp_path / "copy")
+    extra = json.loads((folder / "rea2seg.json").read_text()); extra["sam"]["global_att_blocks"] = [2]
+    (folder / "rea2seg.json").write_text(json.dumps(extra))
+    with pytest.raises(CheckpointError, match="global_att_blocks: 2 would open a stage"): load(folder)
+
+def test_read_only_pictures_are_quiet(folders, family):
+    "What Pillow and memory maps hand out is read-only; torch complains about such arrays when they reach it uncopied."
+    import warnings
+    model, image = load(folders[family]), picture(); image.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generator.sam.encode(image); model.segment(image, QUESTIONS[0])
+        model.generator.sam.encode(np.asarray(Image.fromarray(picture(*[model.generator.sam.side] * 2)))) # nothing to resize
