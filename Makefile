@@ -25,7 +25,7 @@ test: install
 	$(BIN)/nbdev-export
 	$(BIN)/ruff check rea2seg tests benchmarks
 	$(BIN)/python -m pytest
-	$(BIN)/nbdev-test nbs/api --n-workers 2
+	$(BIN)/nbdev-test nbs --n-workers 2
 	$(BIN)/nbdev-clean
 	$(MAKE) --no-print-directory readme
 	git diff --exit-code
@@ -36,7 +36,7 @@ export: install
 readme: install
 	$(BIN)/python -m nbconvert --to markdown --log-level WARN --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide \
 	  --output-dir . --output README nbs/index.ipynb
-	$(BIN)/python -c "from pathlib import Path; p = Path('README.md'); p.write_text(p.read_text().replace('](../', '](').strip() + '\n')"
+	$(BIN)/python -c "import re; from pathlib import Path; p = Path('README.md'); p.write_text(re.sub(r'\n```\n(?=from |import )', '\n```python\n', p.read_text().replace('](../', '](')).strip() + '\n')"
 
 lint: install
 	$(BIN)/ruff check rea2seg tests benchmarks
