@@ -36,7 +36,7 @@ export: install
 readme: install
 	$(BIN)/python -m nbconvert --to markdown --log-level WARN --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide \
 	  --output-dir . --output README nbs/index.ipynb
-	$(BIN)/python -c "import re; from pathlib import Path; p = Path('README.md'); p.write_text(re.sub(r'\n```\n(?=from |import )', '\n```python\n', p.read_text().replace('](../', '](')).strip() + '\n')"
+	$(BIN)/python -c 'import re; from pathlib import Path; p = Path("README.md"); p.write_text(re.sub(r"\n```\n(?=from |import )", "\n```python\n", p.read_text().replace("](../", "](")).strip() + "\n")'
 
 lint: install
 	$(BIN)/ruff check rea2seg tests benchmarks
