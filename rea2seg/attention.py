@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# %% ../nbs/api/attention.ipynb #1bda9666
+# %% ../nbs/api/attention.ipynb #6ba9eb0b
 def attention_rows(
     query: Tensor,                # float[B,H,Q,D], the recorded queries only
     key: Tensor,                  # float[B,G,T,D], H a multiple of G
@@ -36,7 +36,7 @@ def attention_rows(
     if bias is not None: scores = scores + bias.float()
     if mask is not None:
         lowest = torch.finfo(torch.float32).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask.float()).clamp(min=lowest)
+        scores = scores.float().masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask.float()).clamp(min=lowest)
     if sinks is None: return scores.softmax(-1)
     return torch.cat([scores, sinks.float().view(1, H, 1, 1).expand(B, H, Q, 1)], -1).softmax(-1)[..., :-1]
 

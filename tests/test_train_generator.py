@@ -189,7 +189,15 @@ def test_checkpointing_and_accumulation_change_nothing(family, tmp_path):
     plain = losses("plain", batch_size=8)
     assert losses("checkpointing", batch_size=8, checkpointing=True) == pytest.approx(plain, rel=1e-5)
     assert losses("accumulation", batch_size=4, accumulation=2) == pytest.approx(plain, rel=1e-4)
-    assert all(np.isfinite(losses("bf16", batch_size=8, precision="bf16")))
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_around_bfloat16_weights(family, tmp_path):
+    generator, s = FAMILIES[family](), settings(steps=2, precision="bf16", lora_rank=2, lora_alpha=4, checkpointing=True)
+    generator.model.bfloat16()
+    log = train_samples(generator, Mixture({"referring": squares(8)}, s.weights), tmp_path, s, squares(2), progress=False)
+    assert all(np.isfinite(r["loss"]) for r in log)
+    assert 0 <= json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["val_giou"] <= 1
+    assert load_file(tmp_path / "generator" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 def test_ignored_pixels_do_not_count():
     generator, s = lens(), settings()

@@ -47,7 +47,8 @@ def children(tmp_path_factory):
     "Two trainings at once: one by two processes, one that is killed with no warning between two checkpoints."
     folder = tmp_path_factory.mktemp("children")
     script = str(HERE / "training_models.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # with --cpu accelerate starts a single process unless MPI is there; --multi_gpu is its torchrun, and the training stays on the CPU
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     start = lambda command, name: subprocess.Popen(command, env=ENV, cwd=HERE, stdout=(folder / f"{name}.out").open("wb"), stderr=subprocess.STDOUT)
     both = start([*launch, script, str(folder / "both"), json.dumps(SHORT)], "both")
     killed = start([sys.executable, script, str(folder / "killed"), json.dumps(LONG)], "killed")
@@ -71,6 +72,7 @@ def test_a_killed_run_continues_on_the_same_curve(children, tmp_path):
 
 def test_two_processes_have_the_loss_of_one(children, tmp_path):
     train(str(tmp_path), **SHORT)
+    assert sorted(p.name for p in (children / "both").glob("process-*")) == ["process-0-of-2", "process-1-of-2"]
     one, two = curve(tmp_path), curve(children / "both")
     assert len(one) == len(two) == SHORT["steps"]
     for a, b in zip(one, two, strict=True):

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 
 from rea2seg.data.samples import Sample
 from rea2seg.lisa_new import new_lisa
@@ -70,4 +71,7 @@ def stack() -> Path:
     main(["generator", *data[:2], *base, "--start", f"{folder}/one/generator", "--out", f"{folder}/two", *own, *choose(steps=1, mask_from=1.5)])
     return folder
 
-if __name__ == "__main__": train(sys.argv[1], **json.loads(sys.argv[2]))
+if __name__ == "__main__":
+    train(sys.argv[1], **json.loads(sys.argv[2]))
+    state = PartialState()
+    (Path(sys.argv[1]) / f"process-{state.process_index}-of-{state.num_processes}").touch()

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-# %% ../../nbs/api/train_cli.ipynb #17d67812
+# %% ../../nbs/api/train_cli.ipynb #c3cd0825
 def add_arguments(p: argparse.ArgumentParser):
     "What `rea2seg train generator` takes."
     p.add_argument("--profile", default="tiny", help="tiny, lens or sesame: whose settings and checkpoint (default: %(default)s)")
@@ -25,6 +25,7 @@ def add_arguments(p: argparse.ArgumentParser):
     p.add_argument("--out", default="runs/generator", help="folder: run/ with checkpoints and log, generator/ with the result (default: %(default)s)")
     p.add_argument("--start", help="folder or hub id to start from (default: the profile's; with pack:DIR a fresh model)")
     p.add_argument("--sam", help="folder of the SAM inside, where it is not in the checkpoint")
+    p.add_argument("--clip", help="folder of the CLIP tower (lisa family), likewise")
     p.add_argument("--device", help="cpu or cuda (default: CUDA where there is one)")
     p.add_argument("--dtype", help="of frozen weights: float32, bfloat16 (default: bfloat16 on CUDA, else float32)")
     p.add_argument("--minutes", type=float, help="stop with a checkpoint after so long; with pack:DIR the learning rate ends there")
@@ -47,15 +48,16 @@ def changes_of(pairs: list[str], cls: type) -> dict:
         except ValueError as e: raise SettingsError(f"{name}: {e}") from e
     return out
 
-# %% ../../nbs/api/train_cli.ipynb #55f721e6
+# %% ../../nbs/api/train_cli.ipynb #f489a0d9
 def run(args) -> int:
     "`rea2seg train generator`."
+    import torch
     from accelerate import PartialState
     from rea2seg.train.loop import NaNLoss, Tracker
     specs = [s.strip() for s in args.data.split(",") if s.strip()]
     packs = [s.removeprefix("pack:") for s in specs if s.startswith("pack:")]
     if packs and (len(packs) < len(specs) or args.profile != "tiny"): raise ValueError("pack:DIR trains the tiny profile's generator and does not mix with other data")
-    state = PartialState(cpu=args.device == "cpu")
+    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = "cpu" if args.device == "cpu" else str(state.device)
     tracker = Tracker(name=f"{args.profile}-generator", config=vars(args) | {"run": None}, folder=Path(args.out))
     try: (_packed if packs else _sampled)(args, packs or specs, device, tracker)
@@ -71,7 +73,7 @@ def _note(args, settings, **facts):
     if not PartialState().is_main_process: return
     own = {k: v for k, v in vars(args).items() if k != "run"}
     folder = Path(args.out); folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps({"started": now(), "arguments": own, "settings": asdict(settings), **facts, "commit": commit(), "versions": versions(), "machine": machine()}, indent=1))
+    (folder / "training.json").write_text(json.dumps({"started": now(), "arguments": own, "settings": asdict(settings), **facts, "commit": commit(), "versions": versions(), "processes": PartialState().num_processes, "machine": machine()}, indent=1))
 
 def _sampled(args, specs: list[str], device: str, tracker):
     "Either family on samples."
@@ -85,7 +87,8 @@ def _sampled(args, specs: list[str], device: str, tracker):
     mixture = open_sources(specs, s, args.split, args.limit, args.skip_bad)
     held = open_sources([args.validation], s, args.validation_split, s.validation_samples) if args.validation else None
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
-    generator = load_generator(args.start or profile.generator, device, dtype, sam=args.sam or profile.sam or None, clip=profile.clip or None, layers=profile.layers if not args.start else None)
+    own = profile if not args.start else profile.with_(sam="", clip="")  # a checkpoint of one's own says what belongs to it
+    generator = load_generator(args.start or profile.generator, device, dtype, sam=args.sam or own.sam or None, clip=args.clip or own.clip or None, layers=None if args.start else profile.layers)
     _note(args, s, samples={r: len(x) for r, x in mixture.roles.items()}, steps=steps_of(mixture, s))
     print(f"{len(mixture)} samples ({', '.join(f'{r} {len(x)}' for r, x in mixture.roles.items())}), {steps_of(mixture, s)} steps of {s.batch_size} x {s.accumulation}", file=sys.stderr)
     validation = [x for samples in held.roles.values() for x in samples] if held else None
