@@ -173,3 +173,20 @@ def test_wandb_offline_writes_a_run(tmp_path, monkeypatch):
 
 def test_an_empty_mixture_is_refused():
     with pytest.raises(DataError, match="no sample to train on"): Mixture({"referring": []}, {"referring": 1})
+
+def test_figures_reach_the_tracker_without_pyplot(tmp_path, monkeypatch):
+    "wandb asks matplotlib for its pyplot as soon as anything of matplotlib is loaded; drawing here needs no pyplot."
+    import sys
+
+    import matplotlib
+    import wandb
+    from matplotlib.figure import Figure
+
+    from rea2seg.train.loop import Tracker
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False); monkeypatch.delattr(matplotlib, "pyplot", raising=False)
+    sent = []
+    tracker = Tracker(enabled=False); tracker.run = type("Run", (), {"log": lambda self, values, step: sent.append((values, step))})()
+    figure = Figure(figsize=(1, 1)); figure.add_subplot().plot([0, 1])
+    tracker.images("pictures", [figure, Figure(figsize=(1, 1))] * 30, 7)
+    (values, step), = sent
+    assert step == 7 and len(values["pictures"]) == 49 and isinstance(values["pictures"][0], wandb.Image)

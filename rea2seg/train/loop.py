@@ -71,7 +71,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     accelerator.wait_for_everyone()
     return final
 
-# %% ../../nbs/api/train_loop.ipynb #c24ca411
+# %% ../../nbs/api/train_loop.ipynb #8ae75b77
 class Tracker:
     "W&B where it can be had, nothing otherwise; offline without a key."
     def __init__(self, project: str = "rea2seg", name: str | None = None, config: dict | None = None, enabled: bool = True, folder: Path | None = None):
@@ -87,6 +87,7 @@ class Tracker:
     def images(self, name: str, figures: list, step: int):
         "Drawn overlays (matplotlib figures or uint8 arrays), fewer than 50 a step."
         if not self.run: return
+        import matplotlib.pyplot # noqa: F401, wandb takes for granted that whoever has a figure has loaded it
         import wandb
         self.run.log({name: [wandb.Image(f) for f in figures[:49]]}, step=step)
     def finish(self):
