@@ -171,10 +171,10 @@ class AttentionRows:
         "The latest row of every query; NaN where a batch row's position never came up. Named queries give a dict."
         return {n: self._latest(n) for n in self.queries} if self.named else self._latest("")
 
-# %% ../nbs/api/attention.ipynb #14f3cdbc
-_prefix = "rea2seg_rows|"
+# %% ../nbs/api/attention.ipynb #d646b568
 _lock = threading.RLock()
 _recorders: dict[nn.Module, tuple[AttentionRows, ...]] = {}
+_prefix = f"rea2seg_rows_{id(_recorders):x}|" # a reloaded module registers wrappers of its own, with its own recorders
 _switched: dict[int, list] = {} # id of a config -> [config, its own implementation, number of open blocks]
 
 def _eager(module: nn.Module) -> Callable:

@@ -324,3 +324,20 @@ def test_wrapped_model_and_errors():
 def test_aggregate_is_the_mean():
     rows = torch.rand(4, 2, 3, 5)
     assert torch.allclose(aggregate(rows, [1, 3], [0, 2]), rows[[1, 3]][:, :, [0, 2]].mean((0, 2)))
+
+
+def test_a_reloaded_module_records_too():
+    "A notebook that defines the recorder again, or importlib.reload, must not take the rows away from later blocks."
+    import importlib
+
+    import rea2seg.attention as module
+    from transformers import LlamaConfig, LlamaModel
+    model = LlamaModel(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)).eval()
+    ids = torch.arange(6)[None]
+    with module.record_attention(model, 5) as before: model(ids)
+    old = dict(vars(module))
+    try:
+        module = importlib.reload(module)
+        with module.record_attention(model, 5) as after: model(ids)
+    finally: vars(module).update(old)
+    torch.testing.assert_close(after.rows, before.rows)
