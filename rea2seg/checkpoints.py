@@ -20,9 +20,11 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/api/checkpoints.ipynb #669b9338
+# %% ../nbs/api/checkpoints.ipynb #b682fda6
 class CheckpointError(ValueError):
     "A checkpoint cannot be found, read or used; the message names the file or the keys."
+
+def _first_line(e: Exception) -> str: return next(iter(str(e).strip().splitlines()), type(e).__name__)[:200]
 
 _data_files = ("*.json", "*.txt", "*.model", "*.jinja", "*.yaml")
 
@@ -37,8 +39,8 @@ def _from_hub(name: str, patterns: tuple[str, ...] | None, revision: str | None)
     except Exception as online:
         try: return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception: pass
-        raise CheckpointError(f"{name!r} is not a folder here, and the hub gave no such repository and none is cached: {str(online).splitlines()[0]:.200}. "
-                              "Without a network, download it elsewhere and pass the folder.") from online
+        raise CheckpointError(f"{name!r} is not a folder here, and the hub gave no such repository and none is cached: "
+                              f"{_first_line(online)}. Without a network, download it elsewhere and pass the folder.") from online
 
 def resolve(
     name: str | Path,                           # a folder, `embedded:NAME` or a hub id `owner/name`
@@ -76,7 +78,7 @@ def read_json(
     if not isinstance(value, dict): raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
-# %% ../nbs/api/checkpoints.ipynb #3609f519
+# %% ../nbs/api/checkpoints.ipynb #19ead45e
 _wrappers = ("model", "state_dict", "model_state_dict", "module")
 
 def _state_of(value, path: Path) -> dict[str, Tensor]:
@@ -95,9 +97,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     "A state dict from a `.bin`, `.pt` or `.pth`; code is refused."
     try: value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path} is a damaged pickle or one that wants to run code, refused: {str(e).strip().splitlines()[-1]:.200}") from e
+        why = (str(e).strip().splitlines() or [""])[-1][:200]
+        raise CheckpointError(f"{path} is a damaged pickle or one that wants to run code, refused: {why}") from e
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path} cannot be read: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__:.200}") from e
+        raise CheckpointError(f"{path} cannot be read: {_first_line(e)}") from e
     return _state_of(value, path)
 
 def read_file(
@@ -109,7 +112,8 @@ def read_file(
     if not path.is_file(): raise CheckpointError(f"{path} is missing")
     with path.open("rb") as f: head = f.read(24)
     if not head: raise CheckpointError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"): raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
@@ -124,7 +128,7 @@ def _listed(names: Iterable, most: int = 8) -> str:
     names = list(names)
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/api/checkpoints.ipynb #221e1a39
+# %% ../nbs/api/checkpoints.ipynb #1f13b9fc
 def _read_index(path: Path) -> dict[str, list[str]]: # file -> keys
     "What an index says lies in which shard; files outside the folder are refused."
     where = read_json(path.parent, path.name).get("weight_map")
@@ -132,7 +136,8 @@ def _read_index(path: Path) -> dict[str, list[str]]: # file -> keys
         raise CheckpointError(f"{path} has no weight_map of keys to files")
     shards = {}
     for key, name in where.items(): shards.setdefault(name, []).append(key)
-    if strange := [n for n in shards if Path(n).name != n or n in (".", "..")]: raise CheckpointError(f"{path} points outside its folder: {_listed(strange)}")
+    if strange := [n for n in shards if Path(n).name != n or n in (".", "..")]:
+        raise CheckpointError(f"{path} points outside its folder: {_listed(strange)}")
     return shards
 
 def _shards(folder: Path) -> dict[str, list[str] | None]: # file -> keys that must be there, None: all that are
@@ -140,13 +145,16 @@ def _shards(folder: Path) -> dict[str, list[str] | None]: # file -> keys that mu
     for stem, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if (index := folder / f"{stem}{end}.index.json").is_file(): return _read_index(index)
         if (folder / f"{stem}{end}").is_file(): return {f"{stem}{end}": None}
-        parts = {int(m[1]): (p.name, int(m[2])) for p in folder.glob(f"{stem}-*{end}") if (m := re.fullmatch(rf"{stem}-(\d+)-of-(\d+){re.escape(end)}", p.name))}
+        pattern = re.compile(rf"{stem}-(\d+)-of-(\d+){re.escape(end)}")
+        parts = {int(m[1]): (p.name, int(m[2])) for p in folder.glob(f"{stem}-*{end}") if (m := pattern.fullmatch(p.name))}
         if parts:
             n = max(total for _, total in parts.values())
-            if lost := [f"{stem}-{i:05d}-of-{n:05d}{end}" for i in range(1, n + 1) if i not in parts]: raise CheckpointError(f"{folder} lacks {_listed(lost)}")
+            if lost := [f"{stem}-{i:05d}-of-{n:05d}{end}" for i in range(1, n + 1) if i not in parts]:
+                raise CheckpointError(f"{folder} lacks {_listed(lost)}")
             return {parts[i][0]: None for i in range(1, n + 1)}
     others = [p.name for end in (".safetensors", ".bin", ".pt", ".pth") for p in sorted(folder.glob(f"*{end}"))]
-    if len(others) != 1: raise CheckpointError(f"{folder} has {'several weight files: ' + _listed(others) if others else 'no weights (.safetensors, .bin, .pt)'}")
+    if not others: raise CheckpointError(f"{folder} has no weights (.safetensors, .bin, .pt)")
+    if len(others) > 1: raise CheckpointError(f"{folder} has several weight files: {_listed(others)}")
     return {others[0]: None}
 
 def read_state(
@@ -158,23 +166,26 @@ def read_state(
     if folder.is_file(): return read_file(folder, dtype)
     if not folder.is_dir(): raise CheckpointError(f"{folder} does not exist")
     shards = _shards(folder)
-    if lost := [n for n in shards if not (folder / n).is_file()]: raise CheckpointError(f"{folder} lacks {_listed(lost)}, which its index names")
+    if lost := [n for n in shards if not (folder / n).is_file()]:
+        raise CheckpointError(f"{folder} lacks {_listed(lost)}, which its index names")
     state = {}
     for name, keys in shards.items():
         part = read_file(folder / name, dtype)
         if keys is not None:
-            if lost := [k for k in keys if k not in part]: raise CheckpointError(f"{folder / name} lacks {_listed(lost)}, which the index promises")
+            if lost := [k for k in keys if k not in part]:
+                raise CheckpointError(f"{folder / name} lacks {_listed(lost)}, which the index promises")
             part = {k: part[k] for k in keys}
         if twice := state.keys() & part.keys(): raise CheckpointError(f"{folder} holds {_listed(sorted(twice))} in two files")
         state |= part
     return state
 
-# %% ../nbs/api/checkpoints.ipynb #d236e55a
+# %% ../nbs/api/checkpoints.ipynb #5a1981c3
 def _matches(key: str, patterns: Iterable[str]) -> bool: return any(fnmatchcase(key, p) for p in patterns)
 
 def _broken(t: Tensor) -> bool:
     "Whether a tensor has NaN or infinite values; the sum finds them without a second copy of the tensor."
-    return t.is_floating_point() and not t.is_meta and not bool(torch.isfinite(t.sum(dtype=torch.float32))) and not bool(torch.isfinite(t).all())
+    if not t.is_floating_point() or t.is_meta or torch.isfinite(t.sum(dtype=torch.float32)): return False
+    return not bool(torch.isfinite(t).all())
 
 def load_strict(
     module: nn.Module,
@@ -186,12 +197,13 @@ def load_strict(
     "Load `state` into `module`; every key must be there, fit and be finite. A module on the meta device takes the tensors themselves."
     own = module.state_dict()
     state = {k: v for k, v in state.items() if k in own or not _matches(k, ignore)}
-    absent = [k for k in own if k not in state]
+    absent, shared = [k for k in own if k not in state], [(k, v, own[k]) for k, v in state.items() if k in own]
     faults = {"missing": [k for k in absent if not _matches(k, optional)], "unexpected": [k for k in state if k not in own],
-              "wrong shape": [f"{k} {list(v.shape)} for {list(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape],
-              "wrong kind": [f"{k} {v.dtype} for {own[k].dtype}" for k, v in state.items() if k in own and v.is_floating_point() != own[k].is_floating_point()],
-              "NaN or infinite": [k for k, v in state.items() if k in own and _broken(v)]}
+              "wrong shape": [f"{k} {list(v.shape)} for {list(o.shape)}" for k, v, o in shared if v.shape != o.shape],
+              "wrong kind": [f"{k} {v.dtype} for {o.dtype}" for k, v, o in shared if v.is_floating_point() != o.is_floating_point()],
+              "NaN or infinite": [k for k, v, _ in shared if _broken(v)]}
     if any(faults.values()):
-        raise CheckpointError(f"{where} does not fit {type(module).__name__}: " + "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names))
+        told = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names)
+        raise CheckpointError(f"{where} does not fit {type(module).__name__}: {told}")
     module.load_state_dict(state, strict=False, assign=any(v.is_meta for v in own.values()))
     return absent

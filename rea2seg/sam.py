@@ -17,8 +17,9 @@ from .sam2_model import Sam2, Sam2Config, sam2_config
 from .sam_core import Sam, empty_sam # noqa: F401, part of this module's names
 from .sam_decoder import Decoded, TokenMasks # noqa: F401
 
-# %% ../nbs/api/sam.ipynb #b9572d43
-_memory = ("memory_attention.*", "memory_encoder.*", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial", "obj_ptr_proj.*", "obj_ptr_tpos_proj.*", "mask_downsample.*")
+# %% ../nbs/api/sam.ipynb #8a3de34b
+_memory = ("memory_attention.*", "memory_encoder.*", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial",
+           "obj_ptr_proj.*", "obj_ptr_tpos_proj.*", "mask_downsample.*")
 
 def strip_prefix(
     state: dict[str, Tensor],
@@ -27,7 +28,8 @@ def strip_prefix(
 ) -> dict[str, Tensor]: # the keys under the prefix, without it
     "The part of a checkpoint that is a SAM."
     ends = [k.removesuffix(mark) for k in state for mark in landmarks if k == mark or k.endswith("." + mark)]
-    if len(ends) != 1: raise CheckpointError(f"{where} holds {'no' if not ends else 'more than one'} SAM: {' or '.join(landmarks)} {'is missing' if not ends else 'under ' + ', '.join(ends)}")
+    if not ends: raise CheckpointError(f"{where} holds no SAM: {' or '.join(landmarks)} is missing")
+    if len(ends) > 1: raise CheckpointError(f"{where} holds more than one SAM: {' or '.join(landmarks)} under {', '.join(ends)}")
     return {k.removeprefix(ends[0]): v for k, v in state.items() if k.startswith(ends[0])}
 
 def _source(source: dict | str | Path, patterns: tuple[str, ...]) -> tuple[dict[str, Tensor], str]: # state, its name
@@ -57,7 +59,7 @@ def load_sam2(
     return sam.to(device, dtype).freeze()
 
 def load_sam1(
-    source: dict[str, Tensor] | str | Path,     # state dict with the original or transformers' names under any prefix, file, folder or hub id
+    source: dict[str, Tensor] | str | Path,     # state dict of either naming under any prefix, file, folder or hub id
     config: str | dict | Sam1Config | None = None, # size, default: what the name says, else ViT-H
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -68,7 +70,8 @@ def load_sam1(
         try: config = sam1_config(Path(where).name)
         except ValueError: config = sam1_config("vit_h")
     state = strip_prefix(state, ("image_encoder.patch_embed.proj.weight", "vision_encoder.patch_embed.projection.weight"), where)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()} | {k: v.float() for k, v in state.items() if "positional" in k}
+    cast = lambda k, v: v.float() if "positional" in k else v.to(dtype) if v.is_floating_point() else v
+    state = {k: cast(k, v) for k, v in state.items()}
     with torch.device("meta"): sam = Sam1(config)
     load_strict(sam.model, rename_sam1(state), where)
     return sam.to(device, dtype).freeze()

@@ -19,7 +19,7 @@ from transformers import SamConfig, SamModel
 from .sam_core import Sam, random_sam
 from .sam_decoder import Layer, Parts
 
-# %% ../nbs/api/sam1_model.ipynb #cb38ba48
+# %% ../nbs/api/sam1_model.ipynb #db1d779d
 @dataclass(frozen=True)
 class Sam1Config:
     "Shape of a SAM; the first four are the vision transformer's."
@@ -36,13 +36,18 @@ class Sam1Config:
     def __post_init__(self):
         object.__setattr__(self, "encoder_global_attn_indexes", tuple(self.encoder_global_attn_indexes))
         if self.image_size % 16: raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
-        if self.encoder_embed_dim % self.encoder_num_heads: raise ValueError(f"encoder_embed_dim {self.encoder_embed_dim} must be a multiple of encoder_num_heads {self.encoder_num_heads}")
-        if self.dim % (2 * self.decoder_heads) or self.dim % 8: raise ValueError(f"dim {self.dim} must be a multiple of 8 and of twice decoder_heads {self.decoder_heads}")
+        if self.encoder_embed_dim % self.encoder_num_heads:
+            raise ValueError(f"encoder_embed_dim {self.encoder_embed_dim} must be a multiple of encoder_num_heads {self.encoder_num_heads}")
+        if self.dim % (2 * self.decoder_heads) or self.dim % 8:
+            raise ValueError(f"dim {self.dim} must be a multiple of 8 and of twice decoder_heads {self.decoder_heads}")
 
     def to_dict(self) -> dict: return asdict(self)
 
-_vit = lambda dim, depth, heads, globals_: dict(encoder_embed_dim=dim, encoder_depth=depth, encoder_num_heads=heads, encoder_global_attn_indexes=globals_)
-SAM1_SIZES = {"vit_b": _vit(768, 12, 12, (2, 5, 8, 11)), "vit_l": _vit(1024, 24, 16, (5, 11, 17, 23)), "vit_h": _vit(1280, 32, 16, (7, 15, 23, 31))}
+def _vit(dim, depth, heads, globals_):
+    return dict(encoder_embed_dim=dim, encoder_depth=depth, encoder_num_heads=heads, encoder_global_attn_indexes=globals_)
+
+SAM1_SIZES = {"vit_b": _vit(768, 12, 12, (2, 5, 8, 11)), "vit_l": _vit(1024, 24, 16, (5, 11, 17, 23)),
+              "vit_h": _vit(1280, 32, 16, (7, 15, 23, 31))}
 _long = {"base": "b", "large": "l", "huge": "h"}
 
 def sam1_config(
@@ -55,20 +60,32 @@ def sam1_config(
         if not found: raise ValueError(f"no SAM is called {config!r}; there are {', '.join(SAM1_SIZES)}")
         config = SAM1_SIZES[f"vit_{_long.get(found[1], found[1])}"]
     names = {f.name for f in fields(Sam1Config)}
-    if unknown := config.keys() - names: raise ValueError(f"a SAM config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")
+    if unknown := config.keys() - names:
+        raise ValueError(f"a SAM config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")
     if missing := SAM1_SIZES["vit_h"].keys() - config.keys(): raise ValueError(f"the SAM config lacks {', '.join(sorted(missing))}")
     return Sam1Config(**config)
 
-# %% ../nbs/api/sam1_model.ipynb #9a507187
-_renames = ((r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."), (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
-            (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."), (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-            (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."), (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
-            (r"^image_encoder\.", "vision_encoder."), (r"\.norm(\d)\.", r".layer_norm\1."), (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
-            (r"\.point_embeddings\.", ".point_embed."), (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."), (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-            (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."), (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."), (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
-            (r"\.output_upscaling\.0\.", ".upscale_conv1."), (r"\.output_upscaling\.1\.", ".upscale_layer_norm."), (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-            (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."), (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-            (r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."))
+# %% ../nbs/api/sam1_model.ipynb #92116ff2
+_heads = r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\.layers\."
+_renames = ((r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
+            (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
+            (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
+            (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
+            (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
+            (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
+            (r"^image_encoder\.", "vision_encoder."),
+            (r"\.norm(\d)\.", r".layer_norm\1."),
+            (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
+            (r"\.point_embeddings\.", ".point_embed."),
+            (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
+            (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
+            (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
+            (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
+            (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+            (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+            (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+            (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+            (_heads + r"0\.", r"\1.proj_in."), (_heads + r"2\.", r"\1.proj_out."), (_heads + r"1\.", r"\1.layers.0."))
 _frequencies = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
 def rename_sam1(
@@ -86,7 +103,7 @@ def rename_sam1(
     renamed.pop(original, None)
     return renamed | ({} if shared is None else {k: shared.float() for k in _frequencies})
 
-# %% ../nbs/api/sam1_model.ipynb #85b0da64
+# %% ../nbs/api/sam1_model.ipynb #6b91e47d
 class Sam1(Sam):
     "The first SAM, `SamModel` inside."
     family = "sam"
@@ -97,19 +114,25 @@ class Sam1(Sam):
         self.side, self.dim = c.image_size, c.dim
         # The original two-way blocks keep LayerNorm's 1e-5; transformers' default there is 1e-6.
         decoder = dict(hidden_size=c.dim, mlp_dim=c.decoder_mlp, num_attention_heads=c.decoder_heads, layer_norm_eps=1e-5)
-        vision = dict(hidden_size=c.encoder_embed_dim, num_hidden_layers=c.encoder_depth, num_attention_heads=c.encoder_num_heads, global_attn_indexes=list(c.encoder_global_attn_indexes),
-                      window_size=c.window_size, image_size=c.image_size, output_channels=c.dim, num_pos_feats=c.dim // 2)
-        self.model = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=dict(hidden_size=c.dim, image_size=c.image_size), mask_decoder_config=decoder))
+        vision = dict(hidden_size=c.encoder_embed_dim, num_hidden_layers=c.encoder_depth, num_attention_heads=c.encoder_num_heads,
+                      global_attn_indexes=list(c.encoder_global_attn_indexes), window_size=c.window_size, image_size=c.image_size,
+                      output_channels=c.dim, num_pos_feats=c.dim // 2)
+        prompts = dict(hidden_size=c.dim, image_size=c.image_size)
+        self.model = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder))
         self.model.prompt_encoder.shared_embedding = self.model.shared_image_embedding
 
     @property
     def parts(self) -> Parts:
         e, d = self.model.prompt_encoder, self.model.mask_decoder
-        layers = tuple(Layer(l.self_attn, l.cross_attn_token_to_image, l.cross_attn_image_to_token, l.mlp, (l.layer_norm1, l.layer_norm2, l.layer_norm3, l.layer_norm4), l.skip_first_layer_pe)
+        norms = lambda l: (l.layer_norm1, l.layer_norm2, l.layer_norm3, l.layer_norm4)
+        layers = tuple(Layer(l.self_attn, l.cross_attn_token_to_image, l.cross_attn_image_to_token, l.mlp, norms(l), l.skip_first_layer_pe)
                        for l in d.transformer.layers)
-        return Parts(self.model.shared_image_embedding.positional_embedding, (e.not_a_point_embed, e.point_embed[0], e.point_embed[1]), e.no_mask_embed, e.mask_embed,
-                     (d.iou_token,), d.mask_tokens, layers, (d.transformer.final_attn_token_to_image, d.transformer.layer_norm_final_attn), self.config.decoder_heads,
-                     (d.upscale_conv1, d.upscale_layer_norm, d.upscale_conv2), d.output_hypernetworks_mlps, d.iou_prediction_head)
+        return Parts(gaussian=self.model.shared_image_embedding.positional_embedding,
+                     points=(e.not_a_point_embed, e.point_embed[0], e.point_embed[1]), no_mask=e.no_mask_embed, mask_embed=e.mask_embed,
+                     first=(d.iou_token,), mask_tokens=d.mask_tokens, layers=layers,
+                     final=(d.transformer.final_attn_token_to_image, d.transformer.layer_norm_final_attn), heads=self.config.decoder_heads,
+                     grow=(d.upscale_conv1, d.upscale_layer_norm, d.upscale_conv2), hyper=d.output_hypernetworks_mlps,
+                     iou_head=d.iou_prediction_head)
 
     @classmethod
     def random(cls, config: str | dict | Sam1Config, seed: int = 0, trainable: bool = False) -> "Sam1":

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from .sam_core import Sam, check_image, normalise, random_sam
 from .sam_decoder import Layer, Parts
 
-# %% ../nbs/api/sam2_model.ipynb #63c09aca
+# %% ../nbs/api/sam2_model.ipynb #25e50fdc
 @dataclass(frozen=True)
 class Sam2Config:
     "Shape of a SAM 2; the first six are the Hiera trunk's."
@@ -51,22 +51,29 @@ class Sam2Config:
         if n not in (3, 4): raise ValueError(f"a SAM 2 trunk has three or four stages, got {n}")
         if len(self.window_spec) != n: raise ValueError(f"{n} stages but {len(self.window_spec)} windows")
         opens = {sum(self.stages[:i]) for i in range(1, n)} # these pool their queries inside a window, which a global block has none of
-        if bad := sorted(opens & set(self.global_att_blocks)): raise ValueError(f"global_att_blocks: {', '.join(map(str, bad))} would open a stage, where Hiera pools inside windows; stages {self.stages} begin at {sorted(opens)}")
+        if bad := sorted(opens & set(self.global_att_blocks)):
+            raise ValueError(f"global_att_blocks: {', '.join(map(str, bad))} would open a stage, where Hiera pools inside windows; "
+                             f"stages {self.stages} begin at {sorted(opens)}")
         if self.image_size % 2 ** (n + 1): raise ValueError(f"image_size must be a multiple of {2 ** (n + 1)}, got {self.image_size}")
-        if self.image_size // 4 % self.window_spec[0]: raise ValueError(f"the first window ({self.window_spec[0]}) must divide image_size / 4 = {self.image_size // 4}")
-        if self.dim % (2 * self.decoder_heads) or self.dim % 8: raise ValueError(f"dim {self.dim} must be a multiple of 8 and of twice decoder_heads {self.decoder_heads}")
+        if self.image_size // 4 % self.window_spec[0]:
+            raise ValueError(f"the first window ({self.window_spec[0]}) must divide image_size / 4 = {self.image_size // 4}")
+        if self.dim % (2 * self.decoder_heads) or self.dim % 8:
+            raise ValueError(f"dim {self.dim} must be a multiple of 8 and of twice decoder_heads {self.decoder_heads}")
 
     def to_dict(self) -> dict: return asdict(self)
 
-# %% ../nbs/api/sam2_model.ipynb #5407c758
-_trunk = lambda dim, heads, stages, globals_, back, windows=(8, 4, 14, 7): dict(embed_dim=dim, num_heads=heads, stages=stages, global_att_blocks=globals_,
-                                                                              window_pos_embed_bkg_spatial_size=back, window_spec=windows)
+# %% ../nbs/api/sam2_model.ipynb #dde6937c
+def _trunk(dim, heads, stages, globals_, back, windows=(8, 4, 14, 7)):
+    return dict(embed_dim=dim, num_heads=heads, stages=stages, global_att_blocks=globals_,
+                window_pos_embed_bkg_spatial_size=back, window_spec=windows)
+
 SAM2_SIZES = {"hiera_t": _trunk(96, 1, (1, 2, 7, 2), (5, 7, 9), (7, 7)), "hiera_s": _trunk(96, 1, (1, 2, 11, 2), (7, 10, 13), (7, 7)),
-              "hiera_b+": _trunk(112, 2, (2, 3, 16, 3), (12, 16, 20), (14, 14)), "hiera_l": _trunk(144, 2, (2, 6, 36, 4), (23, 33, 43), (7, 7), (8, 4, 16, 8))}
+              "hiera_b+": _trunk(112, 2, (2, 3, 16, 3), (12, 16, 20), (14, 14)),
+              "hiera_l": _trunk(144, 2, (2, 6, 36, 4), (23, 33, 43), (7, 7), (8, 4, 16, 8))}
 _long = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 def sam2_config(
-    config: str | dict | Sam2Config = "hiera_l", # a released size as the sam2 package or the hub write it, or a dict of `Sam2Config`'s fields
+    config: str | dict | Sam2Config = "hiera_l", # a released size, in anyone's spelling, or a dict of `Sam2Config`'s fields
 ) -> Sam2Config:
     "The shape that a name or a dict describes."
     if isinstance(config, Sam2Config): return config
@@ -77,11 +84,12 @@ def sam2_config(
         if short not in SAM2_SIZES: raise ValueError(f"no SAM 2 is called {config!r}; there are {', '.join(SAM2_SIZES)}")
         config = SAM2_SIZES[short]
     names = {f.name for f in fields(Sam2Config)}
-    if unknown := config.keys() - names: raise ValueError(f"a SAM 2 config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")
+    if unknown := config.keys() - names:
+        raise ValueError(f"a SAM 2 config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")
     if missing := SAM2_SIZES["hiera_l"].keys() - config.keys(): raise ValueError(f"the SAM 2 config lacks {', '.join(sorted(missing))}")
     return Sam2Config(**config)
 
-# %% ../nbs/api/sam2_model.ipynb #fc264ac9
+# %% ../nbs/api/sam2_model.ipynb #97c7435e
 class _NoPositions(nn.Module):
     "Stands where the video model's positions are made."
     def forward(self, x: Tensor) -> Tensor: return x.new_empty(0)
@@ -100,29 +108,35 @@ class Sam2(Sam):
         n, grid = len(c.stages), c.image_size // self.stride
         trunk = Hiera(embed_dim=c.embed_dim, num_heads=c.num_heads, q_pool=n - 1, stages=c.stages, global_att_blocks=c.global_att_blocks,
                       window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size, window_spec=c.window_spec)
-        neck = FpnNeck(_NoPositions(), c.dim, trunk.channel_list, fpn_top_down_levels=[l for l in c.fpn_top_down_levels if l < n], fpn_interp_model="nearest")
+        neck = FpnNeck(_NoPositions(), c.dim, trunk.channel_list, fpn_interp_model="nearest",
+                       fpn_top_down_levels=[l for l in c.fpn_top_down_levels if l < n])
         self.image_encoder = ImageEncoder(trunk, neck, scalp=n - 3)
         self.sam_prompt_encoder = PromptEncoder(c.dim, (grid, grid), (c.image_size, c.image_size), c.mask_channels)
-        self.sam_mask_decoder = MaskDecoder(transformer_dim=c.dim, transformer=TwoWayTransformer(2, c.dim, c.decoder_heads, c.decoder_mlp), iou_head_hidden_dim=c.iou_hidden,
-                                            use_high_res_features=True, iou_prediction_use_sigmoid=True, pred_obj_scores=True, pred_obj_scores_mlp=True)
+        self.sam_mask_decoder = MaskDecoder(transformer_dim=c.dim, transformer=TwoWayTransformer(2, c.dim, c.decoder_heads, c.decoder_mlp),
+                                            iou_head_hidden_dim=c.iou_hidden, use_high_res_features=True, iou_prediction_use_sigmoid=True,
+                                            pred_obj_scores=True, pred_obj_scores_mlp=True)
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, c.dim))
 
     @property
     def parts(self) -> Parts:
         e, d = self.sam_prompt_encoder, self.sam_mask_decoder
-        layers = tuple(Layer(l.self_attn, l.cross_attn_token_to_image, l.cross_attn_image_to_token, l.mlp, (l.norm1, l.norm2, l.norm3, l.norm4), l.skip_first_layer_pe)
+        norms = lambda l: (l.norm1, l.norm2, l.norm3, l.norm4)
+        layers = tuple(Layer(l.self_attn, l.cross_attn_token_to_image, l.cross_attn_image_to_token, l.mlp, norms(l), l.skip_first_layer_pe)
                        for l in d.transformer.layers)
         grow1, norm, _, grow2, _ = d.output_upscaling
-        return Parts(e.pe_layer.positional_encoding_gaussian_matrix, (e.not_a_point_embed, e.point_embeddings[0], e.point_embeddings[1]), e.no_mask_embed, e.mask_downscaling,
-                     (d.obj_score_token, d.iou_token), d.mask_tokens, layers, (d.transformer.final_attn_token_to_image, d.transformer.norm_final_attn),
-                     self.config.decoder_heads, (grow1, norm, grow2), d.output_hypernetworks_mlps, d.iou_prediction_head, d.pred_obj_score_head)
+        return Parts(gaussian=e.pe_layer.positional_encoding_gaussian_matrix,
+                     points=(e.not_a_point_embed, e.point_embeddings[0], e.point_embeddings[1]), no_mask=e.no_mask_embed,
+                     mask_embed=e.mask_downscaling, first=(d.obj_score_token, d.iou_token), mask_tokens=d.mask_tokens, layers=layers,
+                     final=(d.transformer.final_attn_token_to_image, d.transformer.norm_final_attn), heads=self.config.decoder_heads,
+                     grow=(grow1, norm, grow2), hyper=d.output_hypernetworks_mlps, iou_head=d.iou_prediction_head,
+                     object_head=d.pred_obj_score_head)
 
     @classmethod
     def random(cls, config: str | dict | Sam2Config, seed: int = 0, trainable: bool = False, resizer: str = "opencv") -> "Sam2":
         "A SAM 2 with random weights: frozen, or ready to be trained."
         return random_sam(cls, config, resizer, seed=seed, trainable=trainable)
 
-# %% ../nbs/api/sam2_model.ipynb #24f87485
+# %% ../nbs/api/sam2_model.ipynb #67250fba
 @patch
 def resize(self: Sam2, image: np.ndarray) -> np.ndarray: # uint8[side,side,3]
     "Stretch to the square as OpenCV does."
@@ -139,7 +153,8 @@ def prepare(self: Sam2, image: np.ndarray | Tensor) -> tuple[Tensor, tuple[int, 
 def features(self: Sam2, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: # float[I,C,h,w], (float[I,C/8,4h,4w], float[I,C/4,2h,2w])
     "Coarse features with the empty memory added, and the two finer levels as the decoder takes them."
     fine, middle, coarse = self.image_encoder(pixels)["backbone_fpn"]
-    return coarse.to(self.dtype) + self.no_mem_embed.view(1, -1, 1, 1), (self.sam_mask_decoder.conv_s0(fine.to(self.dtype)), self.sam_mask_decoder.conv_s1(middle.to(self.dtype)))
+    fine, middle, coarse = (t.to(self.dtype) for t in (fine, middle, coarse)) # the neck's enlarging is in float32
+    return coarse + self.no_mem_embed.view(1, -1, 1, 1), (self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle))
 
 @patch
 def upscale_to(self: Sam2, logits: Tensor, orig_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:

@@ -110,17 +110,20 @@ def encode(self: Sam, image: np.ndarray | Tensor) -> ImageEmbedding: # image uin
     pixels, input_hw = self.prepare(image)
     return self.encode_pixels(pixels, image.shape[:2], input_hw)
 
-# %% ../nbs/api/sam_core.ipynb #232371f7
+# %% ../nbs/api/sam_core.ipynb #000a3b95
 @patch
-def _check_prompts(self: Sam, points_xy, labels, prompt_embed, mask_logits) -> tuple[int, tuple]: # number of prompts, the tensors on the model's device
-    "Shapes and values of prompts, told apart by name."
+def _check_prompts(self: Sam, points_xy, labels, prompt_embed, mask_logits) -> tuple[int, tuple]:
+    "The number of prompts and their tensors on the model's device; wrong shapes and values are told apart by name."
     put = lambda t, dtype: None if t is None else torch.as_tensor(t).to(self.device, dtype)
     if (points_xy is None) != (labels is None): raise TypeError("points_xy and labels come together")
     if points_xy is None and prompt_embed is None and mask_logits is None: raise TypeError("a prompt needs points, an embedding or a mask")
-    if labels is not None and torch.as_tensor(labels).is_floating_point(): raise TypeError(f"labels must be int[B,P], got {torch.as_tensor(labels).dtype}")
-    points_xy, labels, prompt_embed, mask_logits = put(points_xy, torch.float32), put(labels, torch.int64), put(prompt_embed, self.dtype), put(mask_logits, self.dtype)
-    expect("prompt", {"P": points_xy.shape[1]} if points_xy is not None and points_xy.ndim == 3 else {}, points_xy=(points_xy, "float[B,P,2]?"), labels=(labels, "int[B,P]?"))
-    expect("prompt", {"C": self.dim, "S": self.mask_side}, prompt_embed=(prompt_embed, "float[B,T,C]?"), mask_logits=(mask_logits, "float[B,1,S,S]?"))
+    if labels is not None and torch.as_tensor(labels).is_floating_point():
+        raise TypeError(f"labels must be int[B,P], got {torch.as_tensor(labels).dtype}")
+    points_xy, labels = put(points_xy, torch.float32), put(labels, torch.int64)
+    prompt_embed, mask_logits = put(prompt_embed, self.dtype), put(mask_logits, self.dtype)
+    expect("prompt", {}, points_xy=(points_xy, "float[B,P,2]?"), labels=(labels, "int[B,P]?"))
+    expect("prompt", {"C": self.dim}, prompt_embed=(prompt_embed, "float[B,T,C]?"))
+    expect("prompt", {"S": self.mask_side}, mask_logits=(mask_logits, "float[B,1,S,S]?"))
     if labels is not None and labels.numel() and not (-1 <= int(labels.min()) and int(labels.max()) <= 1):
         raise ValueError(f"labels are 1 (foreground), 0 (background) or -1 (padding), got {sorted(set(labels.flatten().tolist()))[:8]}")
     given = {k: v for k, v in dict(points_xy=points_xy, prompt_embed=prompt_embed, mask_logits=mask_logits).items() if v is not None}
@@ -157,7 +160,7 @@ def forward_prompts(
     logits, ious, objects = run_decoder(parts, image, tuple(high_res), sparse)
     return TokenMasks(logits.float(), ious.float(), None if objects is None else objects.float(), None if self.training else self.fallback)
 
-# %% ../nbs/api/sam_core.ipynb #0bd3065e
+# %% ../nbs/api/sam_core.ipynb #67629eae
 @patch
 def decode_tokens(
     self: Sam,
@@ -171,12 +174,14 @@ def decode_tokens(
     "All four mask tokens from one decoder run: `.multi` and `.single` without running twice."
     expect("ImageEmbedding", {"C": self.dim, "g": self.grid}, features=(embedding.features, "float[1,C,g,g]"))
     if embedding.side != self.side or (len(embedding.high_res) == 2) != (self.family == "sam2"):
-        raise ValueError(f"this embedding ({embedding.side} pixels, {len(embedding.high_res)} finer levels) is not of this {self.family} ({self.side} pixels)")
+        raise ValueError(f"this embedding ({embedding.side} pixels, {len(embedding.high_res)} finer levels) "
+                         f"is not of this {self.family} ({self.side} pixels)")
     if points_xy is not None: points_xy = embedding.to_input(torch.as_tensor(points_xy).float())
     learn = torch.is_grad_enabled() and isinstance(prompt_embed, Tensor) and prompt_embed.requires_grad
     with torch.set_grad_enabled(learn):
         found = self.forward_prompts(embedding.features, embedding.high_res, points_xy, labels, prompt_embed, mask_logits, pad_point)
-    if not torch.isfinite(found.logits.detach().sum() + found.ious.detach().sum()): raise ValueError(f"{self.family}'s mask logits have NaN or infinite values")
+    if not torch.isfinite(found.logits.detach().sum() + found.ious.detach().sum()):
+        raise ValueError(f"{self.family}'s mask logits have NaN or infinite values")
     return found
 
 @patch

@@ -104,7 +104,7 @@ def embed_points(
     table = torch.cat([e.weight for e in parts.points]).float()
     return embed_positions(parts.gaussian, (points_xy + .5) / side) * (labels >= 0)[..., None] + table[labels + 1]
 
-# %% ../nbs/api/sam_decoder.ipynb #820fbb8c
+# %% ../nbs/api/sam_decoder.ipynb #4b53abcd
 def spread(t: Tensor, n: int) -> Tensor: # [n,...]
     "Repeat the rows of `t` so that there are `n`, neighbours belonging together; one row is expanded without a copy."
     if t.shape[0] == n: return t
@@ -126,7 +126,8 @@ def _look_at_image(attention: nn.Module, heads: int, q: Tensor, placed: Tensor, 
     asked = attention.q_proj(q).unflatten(-1, (heads, -1))
     asked = torch.einsum("nthd,hdc->nhtc", asked * asked.shape[-1] ** -.5, _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
     seen = ((asked @ placed.transpose(1, 2)).softmax(-1) @ keys).unflatten(1, (heads, -1))
-    return attention.out_proj(torch.einsum("nhtc,hdc->nthd", seen, _per_head(attention.v_proj.weight, heads)).flatten(2) + attention.v_proj.bias)
+    seen = torch.einsum("nhtc,hdc->nthd", seen, _per_head(attention.v_proj.weight, heads)).flatten(2)
+    return attention.out_proj(seen + attention.v_proj.bias)
 
 def _look_at_tokens(attention: nn.Module, heads: int, keys: Tensor, placed: Tensor, k: Tensor, v: Tensor) -> Tensor: # [N,hw,C]
     "Image tokens [I,hw,C] plus what they see in the tokens `k`, `v` [N,T,C]."
@@ -156,7 +157,8 @@ def two_way(
     q, keys, placed, heads = tokens, image, image + positions, parts.heads
     for layer in parts.layers:
         norm1, norm2, norm3, norm4 = layer.norms
-        q = norm1(_attend(layer.attention, heads, q, q, q) if layer.replaces else q + _attend(layer.attention, heads, q + tokens, q + tokens, q))
+        if layer.replaces: q = norm1(_attend(layer.attention, heads, q, q, q))
+        else: q = norm1(q + _attend(layer.attention, heads, q + tokens, q + tokens, q))
         q = norm2(q + _look_at_image(layer.to_image, heads, q + tokens, placed, keys))
         q = norm3(q + layer.mlp(q))
         keys = norm4(_look_at_tokens(layer.to_tokens, heads, keys, placed, q + tokens, q))
