@@ -135,7 +135,7 @@ def test_expected_is_the_mean_of_the_distribution(small, merging):
 
 def test_expected_breaks_ties(small):
     text, mean = (InternvlEvaluator(small, settings_of(scoring=s)).score(IMAGE, QUESTION, blobs(60)).ious for s in ("text", "expected"))
-    assert len(set(mean.tolist())) == 60 > len(set(text.tolist()))
+    assert len(set(mean.tolist())) > 50 and len(set(text.tolist())) < 30
 
 
 # --- shared prefix and batches -----------------------------------------------------------------------------------------------
