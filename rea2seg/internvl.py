@@ -7,12 +7,10 @@ __all__ = ['SPECIAL_TOKENS', 'native_name', 'native_state', 'native_config', 'lo
            'read_adapter', 'Internvl', 'load_tokenizer', 'load_internvl', 'InternvlSize', 'new_internvl',
            'small_tokenizer', 'save_evaluator']
 
-# %% ../nbs/api/internvl.ipynb #32601ece
+# %% ../nbs/api/internvl.ipynb #1fc17683
 import json
 import math
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve
+from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve, write_folder
 from .settings import load_section
 from .tiles import IMAGENET, Tiling
 
@@ -299,18 +297,15 @@ def small_tokenizer(
     tok.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
 
-# %% ../nbs/api/internvl.ipynb #8d92422f
+# %% ../nbs/api/internvl.ipynb #3d2d27ba
 def save_evaluator(
     loaded: Internvl,
     folder: str | Path,              # replaced when it exists
     dtype: torch.dtype | None = None, # cast the weights, e.g. to bfloat16
 ) -> Path:
     "Write model, tokenizer and preprocessing as a native checkpoint."
-    folder, t = Path(folder), loaded.tiling
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(f".{folder.name}.new-{os.getpid()}"), folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
+    t = loaded.tiling
+    def write(new: Path):
         state = None if dtype is None else {k: v.to(dtype) for k, v in loaded.model.state_dict().items()}
         loaded.model.save_pretrained(new, state_dict=state)
         loaded.tokenizer.save_pretrained(new)
@@ -319,10 +314,4 @@ def save_evaluator(
             "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor", "size": {"height": t.side, "width": t.side}, "image_mean": list(t.mean), "image_std": list(t.std),
             "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3, "crop_to_patches": t.most > 1,
             "min_patches": t.least, "max_patches": t.most}, indent=2))
-        if folder.exists(): os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists(): os.replace(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    return write_folder(folder, write)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LensGenerator', 'ground_tensors', 'prompt_ids', 'ground_many', 'pack', 'new_lens']
 
-# %% ../nbs/api/lens.ipynb #b22ef6d5
+# %% ../nbs/api/lens.ipynb #c215381b
 import copy
 import itertools
 import json
@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from .checkpoints import CheckpointError
 from .generators import SAM_KEYS, SAM_NAMES, Generator, check_image, check_question, split_reasoning
-from .lens_files import EXTRA_KEYS, SMALL_FILES, read_lens
+from .lens_files import EXTRA_KEYS, read_lens
 from .lens_model import LensModel, mllm_config, query_count
 from .lens_packing import Packed
 from .lens_prompt import LensPictures, LensTokenizer, read_prompts, token_boxes

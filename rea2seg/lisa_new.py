@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['new_lisa', 'conversations', 'original_sam1', 'save_lisa']
 
-# %% ../nbs/api/lisa_new.ipynb #97babea4
+# %% ../nbs/api/lisa_new.ipynb #0dbab717
 import json
-import os
 import re
-import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from .clip_tower import ClipTower
+from .checkpoints import write_folder
 from .lisa import LisaGenerator
 from .lisa_model import SAM_PREFIX, LisaModel, lisa_config
 from .lisa_prompt import SEG, SYSTEM, LisaTokens, Token, ask
@@ -65,7 +63,7 @@ def conversations(
     ids, labels = zip(*rows, strict=True)
     return {"input_ids": put(ids, 0), "labels": put(labels, -100), "attention_mask": put([[1] * len(i) for i in ids], 0)}
 
-# %% ../nbs/api/lisa_new.ipynb #bf57a23b
+# %% ../nbs/api/lisa_new.ipynb #6bee857f
 _mlp = r"(output_hypernetworks_mlps\.\d+|iou_prediction_head)\."
 _back = ((r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."), (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
          (r"neck\.conv1\.", "neck.0."), (r"neck\.layer_norm1\.", "neck.1."), (r"neck\.conv2\.", "neck.2."), (r"neck\.layer_norm2\.", "neck.3."),
@@ -96,9 +94,6 @@ def save_lisa(
     dtype: torch.dtype | None = None,  # of the weights on disk, default as they are
 ) -> Path:
     "Write a checkpoint in the released layout; `load_generator` reads it."
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.parent / f".{folder.name}.{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
     state = dict(generator.model.state_dict())
     if generator.model.config.tie_word_embeddings: state.pop("lm_head.weight", None)
     state |= {SAM_PREFIX + k: v for k, v in original_sam1(generator.sam).items()}
@@ -106,18 +101,11 @@ def save_lisa(
     config = {**generator.config, "vision_tower": "clip", "mm_vision_tower": "clip", "torch_dtype": kind}
     texts = {"config.json": config, "rea2seg.json": {"sam_vit": generator.sam.config.to_dict(), "system": generator.system},
              "generation_config.json": {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}}
-    try:
-        new.mkdir()
+    def write(new: Path):
         save_file(_tensors(state, dtype), new / "model.safetensors", metadata={"format": "pt"})
         for name, content in texts.items(): (new / name).write_text(json.dumps(content, indent=2) + "\n")
         generator.tokens.save(new)
         generator.tower.save(new / "clip")
-        if folder.exists(): os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists(): os.replace(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    return write_folder(folder, write)
 
 LisaGenerator.save = save_lisa

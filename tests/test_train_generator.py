@@ -270,7 +270,7 @@ def test_an_unknown_role_and_setting(source, tmp_path, capsys):
     with pytest.raises(DataError, match="no weight for dreams"): open_sources(["dreams=made"], settings())
     with pytest.raises(DataError, match="must say which role"): open_sources(["made"], settings())
     assert rea2seg(["train", "generator", "--data", "referring=made", "--set", "epoch=1", "--out", str(tmp_path)]) == 2
-    assert "no training setting is called epoch" in capsys.readouterr().err
+    assert "no setting is called epoch" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="no setting is called"): load_section(SampleTraining, "lens.generator", colour=1)
 
 # ---- the command ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 __all__ = ['HEAD', 'PackSettings', 'make_packs', 'make_validation', 'save_sam', 'read_sam', 'measure_sam', 'train_sam', 'head_of',
            'train_generator', 'main']
 
-# %% ../../nbs/api/train_tiny.ipynb #eaa6f0cb
+# %% ../../nbs/api/train_tiny.ipynb #fea46394
 import argparse
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..lens import LensGenerator
 from ..lens_files import save_generator
 from ..sam import load_sam2
 from ..sam2_model import Sam2
-from ..settings import load_section, parse_value
+from ..settings import load_section, parse_changes
 from .generator import GeneratorTraining, by_category, draw_answers, ground_pack, new_generator, pack_examples, trainee_of
 from .loop import Tracker, fit
 from .pack import Pack, build_pack, sam_batches
@@ -150,7 +150,7 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
         print("small generator:", json.dumps(report))
     return generator
 
-# %% ../../nbs/api/train_tiny.ipynb #b6102042
+# %% ../../nbs/api/train_tiny.ipynb #7fa799dc
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.tiny STEP`."
     p = argparse.ArgumentParser(prog="rea2seg.train.tiny", description=main.__doc__)
@@ -161,10 +161,7 @@ def main(argv: list[str] | None = None):
     p.add_argument("--minutes", type=float); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--workers", type=int, default=2)
     p.add_argument("--scenes", type=int); p.add_argument("--first", type=int, default=0); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     a = p.parse_args(argv)
-    kinds = {**SamTraining.__annotations__, **GeneratorTraining.__annotations__, **{k: v for c in SamTraining.__mro__ for k, v in getattr(c, "__annotations__", {}).items()}}
-    pairs = dict(pair.split("=", 1) for pair in a.set)
-    if wrong := pairs.keys() - kinds.keys(): p.error(f"no setting is called {', '.join(sorted(wrong))}")
-    changes = {k: parse_value(v, kinds[k]) for k, v in pairs.items()}
+    changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
     if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
     torch.set_float32_matmul_precision("high")
