@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from .checkpoints import CheckpointError
+from .checkpoints import SMALL_FILES, CheckpointError
 from .generators import SAM_KEYS, SAM_NAMES, Generator, check_image, check_question, split_reasoning
 from .lens_files import EXTRA_KEYS, read_lens
 from .lens_model import LensModel, mllm_config, query_count

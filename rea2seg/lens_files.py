@@ -7,7 +7,6 @@ __all__ = ['EXTRA_KEYS', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'read_lens', 'save_g
 
 # %% ../nbs/api/lens_files.ipynb #74584d30
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from .checkpoints import SMALL_FILES, CheckpointError, load_strict, read_json, write_folder
+from .checkpoints import CheckpointError, load_strict, write_folder
 from .lens_model import LensModel, mllm_config, query_count
 
 # %% ../nbs/api/lens_files.ipynb #acf35edb
