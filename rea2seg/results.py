@@ -69,8 +69,9 @@ def _flat(d: dict, lead: str = "") -> dict:
 
 class Parts:
     "A run's folder: `run.json`, `part-*.parquet`, `problems-*.json`."
-    def __init__(self, folder: Path | str, identity: dict, shard: tuple[int, int] = (0, 1), resume: bool = True, settings: RunSettings | None = None):
-        self.folder, self.shard, self.settings = Path(folder), shard, settings or RunSettings.load()
+    def __init__(self, folder: Path | str, identity: dict, shard: tuple[int, int] = (0, 1), resume: bool = True, settings: RunSettings | None = None,
+                 schema: pa.Schema = SCHEMA): # of the records
+        self.folder, self.shard, self.settings, self.schema = Path(folder), shard, settings or RunSettings.load(), schema
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tag, self.buffer, self.written, self._lock = f"{shard[0]}of{shard[1]}", [], time.monotonic(), None
         identity = json.loads(json.dumps(identity, default=str))
@@ -84,7 +85,7 @@ class Parts:
             if path.name != f".lock-{self.tag}" and path.name.endswith(f"of{self.shard[1]}"): continue # another shard of the same division
             f = path.open("a")
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e: f.close(); raise RunError(f"another process is evaluating shard {path.name[6:].replace('of', '/')} in '{self.folder}'") from e
+            except OSError as e: f.close(); raise RunError(f"another process is working on shard {path.name[6:].replace('of', '/')} in '{self.folder}'") from e
             if path.name == f".lock-{self.tag}": self._lock = f
             else: f.close()
 
@@ -115,7 +116,7 @@ class Parts:
         if problems: write_json(self.folder / f"problems-{self.tag}.json", merge_problems(_read_json(self.folder / f"problems-{self.tag}.json", []), problems))
         if self.buffer:
             n = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in self.folder.glob(f"part-{self.tag}-*.parquet")), default=-1)
-            table = pa.Table.from_pylist(self.buffer, schema=SCHEMA)
+            table = pa.Table.from_pylist(self.buffer, schema=self.schema)
             write_atomically(self.folder / f"part-{self.tag}-{n:05d}.parquet", lambda p: pq.write_table(table, p, compression="zstd"))
         self.buffer, self.written = [], time.monotonic()
 
@@ -123,7 +124,7 @@ class Parts:
         "All records of all shards in order of name, each sample once."
         found = {}
         for p in self.paths():
-            for r in pq.read_table(p, schema=SCHEMA).to_pylist(): found.setdefault(r["name"], r)
+            for r in pq.read_table(p, schema=self.schema).to_pylist(): found.setdefault(r["name"], r)
         return [found[n] for n in sorted(found)]
 
     def problems(self, done: set[str]) -> list[dict]:

@@ -153,7 +153,7 @@ def test_locks(tmp_path):
     parts = Parts(tmp_path, {}, (0, 2), settings=SMALL)
     other = Parts(tmp_path, {}, (1, 2), settings=SMALL)  # its neighbour may run
     for shard in ((0, 2), (0, 1), (1, 3)):
-        with pytest.raises(RunError, match="another process is evaluating shard"):
+        with pytest.raises(RunError, match="another process is working on shard"):
             Parts(tmp_path, {}, shard, settings=SMALL)
     parts.close()
     other.close()

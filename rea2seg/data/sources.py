@@ -11,6 +11,7 @@ from functools import partial
 
 from .coco import CocoFile
 from .folder import Folder
+from .pack import PackReader
 from .parquet import Parquet
 from .reader import DataError, Reader
 from .reasonseg import ReasonSeg
@@ -67,6 +68,7 @@ def _parquet(kind: str, where: str, split, limit, seed, **options) -> Reader:
 register_source("reasonseg", lambda where, split=None, **o: ReasonSeg(where, split or "val", **o))
 register_source("folder", Folder)
 register_source("coco", CocoFile)
+register_source("pack", PackReader)
 for _kind in ("sgdr", "rea2seg16k"): register_source(_kind, partial(_parquet, _kind), needs_where=False)
 register_source("parquet", partial(_parquet, "parquet"))
 for _kind in ("world", "sgdr-world"): register_source(_kind, partial(_world, _kind), needs_where=False)
