@@ -25,7 +25,7 @@ def exported(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("export")
     shutil.copytree(ROOT / "nbs" / "api", root / "nbs" / "api", ignore=shutil.ignore_patterns(".*")); shutil.copy(ROOT / "pyproject.toml", root)
     lib = root / "rea2seg"; lib.mkdir()
-    for name in ("data", "scenes", "train", "study"): (lib / name).mkdir()
+    for name in ("data", "scenes", "train", "study", "widgets"): (lib / name).mkdir()
     before = Path.cwd(); os.chdir(root)
     try:
         for path in sorted((root / "nbs" / "api").glob("*.ipynb")): nb_export(path.relative_to(root).as_posix(), lib_path="rea2seg")

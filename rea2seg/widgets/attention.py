@@ -6,7 +6,7 @@
 __all__ = ['named_pictures', 'row_of', 'words', 'AttentionExplorer', 'ask', 'attend', 'seed', 'paint', 'figure', 'explore',
            'explore_attention']
 
-# %% ../../nbs/api/widgets_attention.ipynb #e7ac3d35
+# %% ../../nbs/api/widgets_attention.ipynb #3daa8855
 import html
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..images import load_image
-from ..pictures import PALETTE
+from ..pictures import PALETTE, Drawing
 from ..pipeline import Rea2Seg
 from ..seeds import region_means, seed_points
 from ..settings import Settings
@@ -208,13 +208,13 @@ def paint(self: AttentionExplorer):
 
 AttentionExplorer.attend, AttentionExplorer._limit, AttentionExplorer.seed, AttentionExplorer.paint = attend, _limit, seed, paint
 
-# %% ../../nbs/api/widgets_attention.ipynb #87ef2f9d
+# %% ../../nbs/api/widgets_attention.ipynb #8faa1921
 def figure(self: AttentionExplorer) -> Figure:
     "The view of the moment with matplotlib."
     from textwrap import fill
     self.view.opacity = self.opacity.value
     H, W = self.view.size_hw
-    f = Figure(figsize=(6.4, min(9., 5.2 * H / W + 1.3)), layout="constrained", facecolor="white")
+    f = Drawing(figsize=(6.4, min(9., 5.2 * H / W + 1.3)), layout="constrained", facecolor="white")
     self.view.draw(f.add_subplot())
     head = "mean over heads" if self.head.value < 0 else f"head {self.head.value}"
     state = f"layers {self.layers.value[0]} to {self.layers.value[1]}, {head}" + (f", token {self.query.label}" if len(self.rows.queries) > 1 else "")

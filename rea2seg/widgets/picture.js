@@ -79,12 +79,12 @@ function render({ model, el }) {
       const [x0, y0, x1, y1] = Array.from(boxes.subarray(4 * t, 4 * t + 4), v => v * k), inner = shape === "box" ? line / 2 : Math.min(x1 - x0, y1 - y0) / 3.5;
       stamp(c, shape, colour, x0 + inner, y0 + inner, x1 - inner, y1 - inner, line);
     }
-    c.globalAlpha = 0.45; c.lineWidth = line * .7; c.strokeStyle = "#ffffff"; c.beginPath();
+    c.globalAlpha = Math.max(.05, Math.min(.6, 80 / edges.length)); c.lineWidth = line * .6; c.strokeStyle = "#ffffff"; // many edges, each one fainter
     for (let e = 0; e < edges.length; e += 2) {
       const [a, b] = [edges[e], edges[e + 1]];
-      c.moveTo((points[2 * a] + .5) * k, (points[2 * a + 1] + .5) * k); c.lineTo((points[2 * b] + .5) * k, (points[2 * b + 1] + .5) * k);
+      c.beginPath(); c.moveTo((points[2 * a] + .5) * k, (points[2 * a + 1] + .5) * k); c.lineTo((points[2 * b] + .5) * k, (points[2 * b + 1] + .5) * k); c.stroke();
     }
-    c.stroke(); c.globalAlpha = 1;
+    c.globalAlpha = 1;
     for (let i = 0; i < points.length / 2; i++) spot(c, "dot", shade(shades[i] ?? 1), points[2 * i], points[2 * i + 1], k, 1);
     for (const { shape, colour, xy, size } of get("spots")) for (const [x, y] of xy) spot(c, shape, colour, x, y, k, size || 1);
     for (const [i, colour] of [[hover, "#ffffff"], [get("selected"), get("accent")]]) if (items[i]) {

@@ -142,7 +142,7 @@ def _draw_spots(ax: Axes, xy, shape: str, colour: str, label: str | None, size: 
     if shape == "cross": ax.scatter(*xy.T, c=colour, linewidths=1.3, path_effects=_twice(colour, 1.3), **look)
     else: ax.scatter(*xy.T, facecolors="none" if hollow else colour, edgecolors=colour if hollow else "black", linewidths=1.2 if hollow else .6, path_effects=_twice(colour, 1.2) if hollow else None, **look)
 
-# %% ../../nbs/api/widgets_picture.ipynb #7211238f
+# %% ../../nbs/api/widgets_picture.ipynb #e1640b32
 def draw(self: Picture, ax: Axes):
     "The same view with matplotlib."
     from matplotlib.collections import LineCollection, PatchCollection
@@ -165,7 +165,8 @@ def draw(self: Picture, ax: Axes):
             middles = middles[:0]
         _draw_spots(ax, middles, m["shape"], m["colour"], f"{m['label']} ({len(m['items'])})")
     if len(points):
-        ax.add_collection(LineCollection(points[self.array("edges")], colors="white", alpha=.45, linewidths=.7))
+        edges = self.array("edges")
+        ax.add_collection(LineCollection(points[edges], colors="white", alpha=max(.05, min(.6, 40 / max(1, len(edges)))), linewidths=.6)) # many edges, each one fainter
         ax.scatter(*points.T, c=shades if len(shades) else "white", cmap=cmap, vmin=0, vmax=1, s=22, edgecolors="black", linewidths=.6, zorder=2)
     for s in self.spots: _draw_spots(ax, s["xy"], s["shape"], s["colour"], f"{s['label']} ({len(s['xy'])})" if len(s["xy"]) > 1 else s["label"], s.get("size", 1))
     if 0 <= self.selected < len(boxes) and self.pick == "cells": ax.add_patch(cell(self.selected, fill=False, edgecolor=self.accent, linewidth=2, path_effects=_twice(self.accent, 2)))
