@@ -44,8 +44,9 @@ lint: install
 bench: install
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
+# on 127.0.0.1 alone; the address that it prints carries a fresh token. Figures belong into the notebook: no MPLBACKEND
 lab: install
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=nbs
+	env -u MPLBACKEND $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.allow_remote_access=False --notebook-dir=nbs
 
 clean:
 	rm -rf out runs _proc _docs .pytest_cache .ruff_cache
