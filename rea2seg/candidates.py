@@ -40,9 +40,13 @@ def measure(
     "Stability and box of enlarged masks: three thresholds into one buffer, bytes summed as bytes."
     N, H, W = logits.shape
     above = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
-    def count(threshold): return torch.gt(logits, threshold, out=above).view(torch.uint8).sum(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
+    def compare(threshold): # on a CPU NumPy compares ten times as fast as torch
+        if above.device.type != "cpu": return torch.gt(logits, threshold, out=above).view(torch.uint8)
+        np.greater(logits.detach().numpy(), threshold, out=above.numpy())
+        return above.view(torch.uint8)
+    def count(threshold): return compare(threshold).sum(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
     stability = count(offset) / count(-offset).clamp(min=1)
-    bits = torch.gt(logits, 0, out=above).view(torch.uint8)
+    bits = compare(0)
     def ends(line): # maxima of bytes are several times faster than `any` of booleans
         size = line.shape[1]
         return line.argmax(1), size - 1 - line.flip(1).argmax(1)
