@@ -90,9 +90,10 @@ class Mined(Sequence):
         "The picture of sample `i`; the last one is kept."
         s = self[i]
         key = f"{s.row['folder']}:{s.image_id}"
-        if self._last is None or self._last[0] != key: self._last = key, self._read(s)
-        if self._last[1].shape[:2] != s.size_hw: raise MinedError("{}: its masks are {}x{}, its picture is {}x{} now".format(s.name, *s.size_hw, *self._last[1].shape[:2]))
-        return self._last[1]
+        last = self._last # threads may read here at the same time
+        if last is None or last[0] != key: last = self._last = key, self._read(s)
+        if last[1].shape[:2] != s.size_hw: raise MinedError("{}: its masks are {}x{}, its picture is {}x{} now".format(s.name, *s.size_hw, *last[1].shape[:2]))
+        return last[1]
 
     def _read(self, s: MinedSample) -> np.ndarray:
         if s.image is not None: return load_image(Path(s.image))
