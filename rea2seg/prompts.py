@@ -44,6 +44,7 @@ TEMPLATES = {
                       open="IoU: ", sep=" ", close=""),
     "turns": Template(system="You grade masks.", task="Photo, then masks ({view}).", question="Question: {question}", ask="IoU:", think="Reason, then IoU:",
                       open="IoU: ", sep=" ", close="", turns=True),
+    "terse": Template(system="", task="", question="{question}", ask="", think="Reason first.", open="=", sep=" ", close="", turns=True),
 }
 
 # %% ../nbs/api/prompts.ipynb #eddee1fd

@@ -50,6 +50,7 @@ class GeneratorTraining(LoopSettings):
     mask_questions: int
     warmup_share: float
     warmup_until: float
+    trained: str             # all | connector: what follows the language model, which stays as it is
 
 # %% ../../nbs/api/train_generator.ipynb #059d18c0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711) # Qwen's image processor
@@ -125,6 +126,10 @@ class GeneratorTrainee(nn.Module):
         v = model.config.vision_config
         if len(v.fullatt_block_indexes) == v.depth: model.visual.config._attn_implementation = WINDOWS
         self.attributes = nn.Linear(model.config.text_config.hidden_size, sum(ATTRIBUTES.values()) + 1) if settings.attribute_weight else None
+        if settings.trained not in ("all", "connector"): raise ValueError(f"trained must be all or connector, got {settings.trained!r}")
+        if settings.trained == "connector":
+            if settings.attention_weight or settings.attribute_weight: raise ValueError("attention_weight and attribute_weight must be 0 where only the connector is trained")
+            for name, p in model.named_parameters(): p.requires_grad_(name.startswith(("connector.", "conv_1d.", "proj_to_sam.")))
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]: # float[B,T,d], grid
         v = self.model.config.vision_config
