@@ -68,7 +68,7 @@ def write_provenance(
     write_json(path, {"outputs": {p.name: file_hash(p) for p in map(Path, outputs)}, "inputs": {str(p): file_hash(p) for p in inputs}, **facts})
     return path
 
-# %% ../../nbs/api/study_provenance.ipynb #a4870caa
+# %% ../../nbs/api/study_provenance.ipynb #8c6d131a
 @dataclass(frozen=True)
 class Match:
     "What `check` found; true where every output would come out the same."
@@ -90,10 +90,11 @@ def _compare(path: Path) -> list[tuple[str, str, str]]:
     state = lambda p: file_hash(p) if p.is_file() else "missing"
     found = _pairs("file", kept["outputs"], {n: state(folder / n) for n in kept["outputs"]})
     found += _pairs("input", kept["inputs"], {n: state(p if (p := Path(n)).exists() else folder / "results" / p.name) for n in kept["inputs"]})
-    try: s = resolve_settings(kept["given"])
-    except ValueError as e: return [*found, ("settings", kept["given"]["profile"], str(e))]
-    found += _pairs("setting", kept["settings"], json.loads(json.dumps(s.to_dict())))
-    found += _pairs("weights of", kept["weights"], weight_hashes(s)) + _pairs("module", kept["code"], study_hashes()) + _pairs("version of", kept["versions"], versions())
+    if kept.get("scope") != "data": # samples and their counts depend on no model
+        try: s = resolve_settings(kept["given"])
+        except ValueError as e: return [*found, ("settings", kept["given"]["profile"], str(e))]
+        found += _pairs("setting", kept["settings"], json.loads(json.dumps(s.to_dict()))) + _pairs("weights of", kept["weights"], weight_hashes(s))
+        found += _pairs("module", kept["code"], study_hashes()) + _pairs("version of", kept["versions"], versions())
     if "recipe" in kept["data"]: found += _pairs("data", {"recipe": kept["data"]["recipe"]}, {"recipe": recipe()})
     return found
 
