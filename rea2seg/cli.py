@@ -56,9 +56,9 @@ def doctor_command(args) -> int:
     return 0
 
 def train_command(args) -> int:
-    "`rea2seg train generator`: a checkpoint that `load_generator` opens."
-    from rea2seg.train.cli import run
-    return run(args)
+    "`rea2seg train generator | evaluator`: a checkpoint that `load_generator` or `load_evaluator` opens."
+    from rea2seg.train.cli import run, run_evaluator
+    return (run if args.what == "generator" else run_evaluator)(args)
 
 def mine_command(args) -> int:
     "`rea2seg mine`: candidates of a data set with their IoUs."
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     from rea2seg.evaluation import add_arguments
     from rea2seg.mining import add_arguments as add_mining_arguments
     from rea2seg.train.cli import add_arguments as add_training_arguments
+    from rea2seg.train.cli import add_evaluator_arguments
     parser = argparse.ArgumentParser(prog="rea2seg", description="Reasoning segmentation by candidate discovery and comparative reasoning.")
     parser.add_argument("--trace", action="store_true", help="show the whole trace of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -88,8 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("mine", help="candidates of a data set with their true IoUs, resumably")
     add_model_arguments(p, evaluator=False); add_mining_arguments(p); p.set_defaults(run=mine_command)
     p = verbs.add_parser("train", help="train a model, resumably; also under accelerate launch")
-    p = p.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser("generator", help="the segmentation MLLM of a profile")
+    models = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    p = models.add_parser("generator", help="the segmentation MLLM of a profile")
     add_training_arguments(p); p.set_defaults(run=train_command)
+    p = models.add_parser("evaluator", help="the mask evaluator of a profile, on mined candidates")
+    add_evaluator_arguments(p); p.set_defaults(run=train_command)
     p = verbs.add_parser("doctor", help="what is installed, what can run here and why not")
     p.add_argument("--json", action="store_true", help="machine-readable"); p.set_defaults(run=doctor_command)
     return parser
