@@ -46,7 +46,7 @@ def words(text: str) -> str: # HTML
     "Plain text for a panel; nothing in it becomes a tag."
     return f'<div class="r2s-words">{html.escape(text)}</div>' if text else ""
 
-# %% ../../nbs/api/widgets_attention.ipynb #b6f123f3
+# %% ../../nbs/api/widgets_attention.ipynb #25bdfb62
 class AttentionExplorer(Panel):
     "Sliders over the attention rows of one question; build it with `explore` or `explore_attention`."
     name = "attention explorer"
@@ -73,9 +73,9 @@ class AttentionExplorer(Panel):
 
     def _build(self):
         "The controls, one below another."
-        wide, style = ipywidgets.Layout(width="300px"), dict(description_width="62px")
-        slider = lambda cls, description, **kw: cls(description=description, layout=wide, style=style, **kw)
-        self.picture = ipywidgets.Dropdown(description="picture", layout=wide, style=style)
+        style = dict(description_width="62px")
+        slider = lambda cls, description, **kw: cls(description=description, layout=ipywidgets.Layout(width="300px"), style=style, **kw)
+        self.picture = slider(ipywidgets.Dropdown, "picture")
         self.upload = ipywidgets.FileUpload(accept="image/*", description="your own")
         self.question = ipywidgets.Text(description="question", continuous_update=False, layout=ipywidgets.Layout(width="560px"), style=style)
         self.again = ipywidgets.Button(description="ask", tooltip="ask the model again")

@@ -51,7 +51,7 @@ class KcoreExplorer(Panel):
                 with self.guard(): function()
         return call
 
-# %% ../../nbs/api/widgets_kcore.ipynb #5917f73e
+# %% ../../nbs/api/widgets_kcore.ipynb #6ddcea9e
 @torch.no_grad()
 def ask(self: KcoreExplorer):
     "Ground the question once; seed points and their similarities."
@@ -77,7 +77,7 @@ def cut(self: KcoreExplorer):
     if core != self._core or self.found is None:
         self.found: CandidateSet = semantic_candidates(self.model.generator.sam, self.grounding, self.seeds, self.model.settings.with_(similarity=self.tau.value))
         self._core, c, side = core, self.found, 2 * self.options.card
-        self.cards.put([card(masked(self.image, c.masks[i], PALETTE["kcore"], side), f"mask {i + 1}", f"predicted IoU {c.predicted_ious[i]:.2f}", f"stability {c.stability[i]:.2f}", colour=PALETTE["kcore"])
+        self.cards.put([card(masked(self.image, c.masks[i], PALETTE["kcore"], side), f"mask {i + 1}", f"SAM {c.predicted_ious[i]:.2f}", f"stability {c.stability[i]:.2f}", colour=PALETTE["kcore"])
                         for i in range(len(c))], max(0, self.cards.selected))
     self.paint()
 
@@ -91,7 +91,7 @@ def paint(self: KcoreExplorer):
     pairs = torch.triu(self.adjacency).nonzero()
     core, mask = list(self._core), self.cards.selected
     facts = [("point", "d", torch.arange(float(K))), (f"similarity to point {chosen}", "f", near), ("neighbours", "d", self.adjacency.sum(1)), ("core number", "d", self.numbers)]
-    ring = [dict(label=f"main core, k = {int(self.numbers[core[0]])}", shape="ring", colour=PALETTE["kcore"], xy=points[core].tolist(), size=1.35)] if core else []
+    ring = [dict(label=f"main core, k = {int(self.numbers[core[0]])}", shape="ring", colour=PALETTE["kcore"], xy=points[core].tolist(), size=1.75)] if core else []
     shown = [dict(label=f"mask {mask + 1}", colour=PALETTE["kcore"], polygons=polygons(self.found.masks[mask]), fill=.3)] if 0 <= mask < len(self.found) else []
     with v.hold_sync():
         v.points, v.point_values, v.edges = raw(points), raw(shades), raw(pairs, "<u2") if self.edges.value else b""

@@ -61,13 +61,14 @@ function render({ model, el }) {
   function paint(c, k) { // k: canvas pixels per picture pixel
     const { boxes, values, points, shades, edges } = arrays, [H, W] = get("size_hw"), line = Math.max(1.2, c.canvas.width / 360);
     c.setTransform(1, 0, 0, 1, 0, 0); c.clearRect(0, 0, c.canvas.width, c.canvas.height);
-    c.imageSmoothingEnabled = k < 1;
+    c.imageSmoothingEnabled = true; c.imageSmoothingQuality = "high";
     if (image) c.drawImage(image, 0, 0, W * k, H * k);
     c.globalAlpha = get("opacity");
     for (let t = 0; t < values.length; t++) {
       if (Number.isNaN(values[t])) continue;
       const [x0, y0, x1, y1] = boxes.subarray(4 * t, 4 * t + 4);
-      c.fillStyle = shade(values[t] / (get("top") || 1)); c.fillRect(x0 * k, y0 * k, (x1 - x0) * k, (y1 - y0) * k);
+      const [a, b, d, e] = [x0, y0, x1, y1].map(v => Math.round(v * k)); // whole pixels: no seams between tokens
+      c.fillStyle = shade(values[t] / (get("top") || 1)); c.fillRect(a, b, d - a, e - b);
     }
     c.globalAlpha = 1;
     for (const { polygons, colour, fill, dash } of get("outlines")) {
@@ -85,8 +86,10 @@ function render({ model, el }) {
       c.beginPath(); c.moveTo((points[2 * a] + .5) * k, (points[2 * a + 1] + .5) * k); c.lineTo((points[2 * b] + .5) * k, (points[2 * b + 1] + .5) * k); c.stroke();
     }
     c.globalAlpha = 1;
+    const spots = rings => { for (const { shape, colour, xy, size } of get("spots")) if ((shape === "ring") === rings) for (const [x, y] of xy) spot(c, shape, colour, x, y, k, size || 1); };
+    spots(true); // under the points that they surround
     for (let i = 0; i < points.length / 2; i++) spot(c, "dot", shade(shades[i] ?? 1), points[2 * i], points[2 * i + 1], k, 1);
-    for (const { shape, colour, xy, size } of get("spots")) for (const [x, y] of xy) spot(c, shape, colour, x, y, k, size || 1);
+    spots(false);
     for (const [i, colour] of [[hover, "#ffffff"], [get("selected"), get("accent")]]) if (items[i]) {
       const [x0, y0, x1, y1] = items[i].map(v => v * k);
       twice(c, 1.8 * line, colour, () => shapes[get("pick") === "points" ? "ring" : "box"](c, x0, y0, x1, y1));
@@ -133,7 +136,7 @@ function render({ model, el }) {
     for (const m of get("marks")) add(m.shape, m.colour, `${m.label} (${m.items.length})`);
     for (const s of get("spots")) add(s.shape, s.colour, s.xy.length > 1 ? `${s.label} (${s.xy.length})` : s.label);
     const stops = Array.from({ length: 9 }, (_, i) => shade(i / 8)).join(",");
-    scale.hidden = !get("scale"); scale.replaceChildren();
+    scale.hidden = !get("scale").length; scale.replaceChildren();
     if (!scale.hidden) {
       const [low, name, high] = get("scale");
       make("span", "", scale).textContent = low; make("span", "r2s-bar", scale).style.background = `linear-gradient(90deg,${stops})`; make("span", "", scale).textContent = `${high} ${name}`;

@@ -113,7 +113,7 @@ class Picture(anywidget.AnyWidget):
         flat = np.frombuffer(getattr(self, name), {"edges": "<u2", "colours": "u1"}.get(name, "<f4"))
         return flat.reshape(-1, {"boxes": 4, "points": 2, "edges": 2, "colours": 3}[name]) if name in ("boxes", "points", "edges", "colours") else flat
 
-# %% ../../nbs/api/widgets_picture.ipynb #59a850d3
+# %% ../../nbs/api/widgets_picture.ipynb #920d7cc0
 def line_under(colour: str) -> str: # black or white
     "What is drawn under a line so that it shows on any picture: black under light colours."
     r, g, b = matplotlib.colors.to_rgb(colour)
@@ -138,7 +138,7 @@ _shapes = dict(dot="o", ring="o", cross="x", box="s")
 def _draw_spots(ax: Axes, xy, shape: str, colour: str, label: str | None, size: float = 1.0):
     xy = np.asarray(xy, float).reshape(-1, 2)
     hollow = shape in ("ring", "box")
-    look = dict(marker=_shapes[shape], s=22 * size ** 2, label=label, zorder=3)
+    look = dict(marker=_shapes[shape], s=22 * size ** 2, label=label, zorder=1.5 if shape == "ring" else 3)
     if shape == "cross": ax.scatter(*xy.T, c=colour, linewidths=1.3, path_effects=_twice(colour, 1.3), **look)
     else: ax.scatter(*xy.T, facecolors="none" if hollow else colour, edgecolors=colour if hollow else "black", linewidths=1.2 if hollow else .6, path_effects=_twice(colour, 1.2) if hollow else None, **look)
 
