@@ -142,7 +142,7 @@ def reasonseg_table(folder: Path | str) -> Table:
         if not got: lines.append(Line("Rea2Seg", {}, note=f"not run here: papermill nbs/04_benchmark.ipynb OUT.ipynb -p profile {profile} -p reasonseg FOLDER" + (" (its embedded stack knows no photographs)" if profile == "tiny" else ", on one CUDA GPU"), **own))
     return Table("table_2", "Comparison on ReasonSeg", columns, lines, ["Published numbers are quoted from the sources in table_2.csv; their evaluation differs in details, such as the IoU of two empty masks.", "Gray (in italics): chosen with the truth in hand."], first="system")
 
-# %% ../../nbs/api/study_paper.ipynb #3f4bc8eb
+# %% ../../nbs/api/study_paper.ipynb #8a6eafa8
 def by_name(rows: list[RowResult]) -> dict[str, RowResult]: return {r.variant.name: r for r in rows}
 
 def ablation_table(name: str, caption: str, results: dict[str, tuple[list[RowResult], dict]], wanted) -> Table: # wanted(facts) -> the variants of the table
@@ -158,7 +158,7 @@ def ablation_table(name: str, caption: str, results: dict[str, tuple[list[RowRes
             if r.records:
                 cells = split_cells(m, r.records, "rea2seg", names) | {"top_giou": m.score(r.records, f"top{m.k}")[0], "oracle_giou": m.score(r.records, "oracle")[0],
                                                                      "masks": f"{np.mean([len(x['candidates'] or ()) for x in r.records]):.1f}"}
-            lines.append(Line(r.variant.label, cells, f"{PROFILES.get(profile, profile)}; {facts['reading']}", profile, note=r.mark(), n=len(r.records)))
+            lines.append(Line(v.label, cells, f"{PROFILES.get(profile, profile)}; {facts['reading']}", profile, note=r.mark(), n=len(r.records)))
     count = max((len(r.records) for rows, _ in results.values() for r in rows), default=0)
     return Table(name, f"{caption} ({count} samples)", columns, lines, ["Rows of one generator, reranked by the evaluator. 'Best of top 3' and 'best candidate' choose with the truth in hand."], first="row")
 
