@@ -103,7 +103,7 @@ class AttentionExplorer(Panel):
         self.again.on_click(self.guarded(self.ask))
         self._ready = True
 
-# %% ../../nbs/api/widgets_attention.ipynb #a84f1ff0
+# %% ../../nbs/api/widgets_attention.ipynb #ef2ae552
 def _choose(self: AttentionExplorer):
     "Another picture, with its own question where it has one."
     self._ready, own = False, getattr(self.pictures[self.picture.value], "question", "")
@@ -114,10 +114,10 @@ def _choose(self: AttentionExplorer):
 def _open(self: AttentionExplorer):
     "A picture of the reader's own joins the list."
     for file in self.upload.value:
-        load_image(bytes(file.content)) # an unreadable one is refused before it is listed
-        self.pictures[file.name] = bytes(file.content)
-        self._ready = False
-        try: self.picture.options, self.picture.value = list(self.pictures), file.name
+        name, content = file["name"], bytes(file["content"])
+        load_image(content) # an unreadable one is refused before it is listed
+        self.pictures[name], self._ready = content, False
+        try: self.picture.options, self.picture.value = list(self.pictures), name
         finally: self._ready = True
         self.ask()
 
