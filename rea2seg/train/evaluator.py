@@ -32,7 +32,7 @@ from .generator import per_owner
 from .groups import EvaluatorTraining, GroupBatches, GroupMixture
 from .loop import Tracker, fit
 
-# %% ../../nbs/api/train_evaluator.ipynb #6df42f55
+# %% ../../nbs/api/train_evaluator.ipynb #67f5592e
 def load_base(
     path: str | Path,         # a model, or an adapter that is to be trained further
     settings: EvaluatorTraining,
@@ -73,7 +73,7 @@ def save_trained(loaded: Internvl, wrapped: PeftModel | None, folder: str | Path
     if wrapped is None: return save_evaluator(loaded, folder)
     local = Path(base).expanduser()
     wrapped.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else base
-    return write_folder(folder, lambda new: wrapped.save_pretrained(new))
+    return write_folder(folder, lambda new: wrapped.save_pretrained(new, save_embedding_layers=False))
 
 # %% ../../nbs/api/train_evaluator.ipynb #75a1e1b3
 class EvaluatorTrainee(nn.Module):

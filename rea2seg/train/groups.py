@@ -87,15 +87,16 @@ def words_of(
     labels = ids.clone(); labels[:len(asked)] = -100
     return sample.name, GroupInputs(ids, labels, torch.cat(pixels), tiles, []), []
 
-# %% ../../nbs/api/train_groups.ipynb #41faeabe
+# %% ../../nbs/api/train_groups.ipynb #8003b5ff
 def group_length(builder: GroupBuilder, sample: MinedSample, settings: EvaluatorTraining) -> int:
     "Tokens of the longest group of a question."
     b, (H, W), n = builder, sample.size_hw, min(builder.settings.group_size, len(sample))
     tiles = [b.tiling.count(H, W, b.mask_tiles)] * n
-    thinks = bool(sample.reasoning) and settings.reasoning_share > 0
-    written = n * (len(b.encoder.text("0.00")) + len(b.encoder.text(b.template.sep))) + len(b.encoder.text(b.template.close)) + 1
-    words = len(b.encoder.text(sample.reasoning.strip()) + b.encoder.text("\n")) if thinks else 0
-    return len(b.opening(sample.question, b.tiling.count(H, W, b.photo_tiles))) + sum(len(ids) for ids, _ in b.stages(sample.question, tiles, thinks)) + words + written
+    thinks, count = bool(sample.reasoning) and settings.reasoning_share > 0, lambda text: len(b.encoder.text(text))
+    words = sum(map(count, (sample.reasoning.strip(), "\n", b.template.open))) if thinks else 0
+    line = lambda k: k * count("0.00") + (k - 1) * count(b.template.sep) + count(b.template.close)
+    head = b.opening(sample.question, b.tiling.count(H, W, b.photo_tiles))
+    return len(head) + sum(len(ids) + line(k) for ids, k in b.stages(sample.question, tiles, thinks)) + words + 1 # and the end
 
 def check_mined(
     builder: GroupBuilder, sample: MinedSample, settings: EvaluatorTraining,
