@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export WANDB_MODE ?= offline
 export MPLBACKEND ?= agg
 
-.PHONY: install study test lab export readme lint bench clean
+.PHONY: install study figures demo test lab export readme lint bench clean
 
 install: .venv/.ready
 
@@ -16,8 +16,21 @@ install: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# one rendered picture, one question, the whole way through
+# the paper's tables and figures by the embedded stack, offline; a second call goes on where the first was stopped
+PROFILE ?= tiny
+STUDY ?= 01_data 04_benchmark 05_ablations 06_figures
 study: install
+	@mkdir -p runs/study
+	@start=$$(date +%s); for n in $(STUDY); do $(BIN)/papermill nbs/$$n.ipynb runs/study/$$n.ipynb -p profile $(PROFILE) $(ARGS) || exit 1; done; \
+	$(BIN)/python -m rea2seg.study.report && echo "make study took $$(( $$(date +%s) - start )) s after the install; notebooks with their output are in runs/study, tables and figures in figures"
+
+# figures/ again from the saved results in figures/results, without a model
+figures: install
+	@mkdir -p runs/study
+	$(BIN)/papermill nbs/06_figures.ipynb runs/study/06_figures.ipynb -p profile $(PROFILE)
+
+# one rendered picture, one question, the whole way through
+demo: install
 	$(BIN)/python -m rea2seg.demo --out out/demo
 
 # the package is what the notebooks say, the tests pass, the notebooks run and are clean

@@ -117,7 +117,7 @@ def _series(ax: Axes, own: list[dict], key: str, colour: str, shape: str, off: f
     ax.errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], color=colour, linestyle="-" if key == "best" else "--", linewidth=1, elinewidth=.8, capsize=2)
     for i, xi, yi in zip(at, x, y, strict=True): ax.plot(xi, yi, shape, color=colour, markerfacecolor=colour if own[i]["own"] else "white", markersize=5)
 
-# %% ../../nbs/api/study_gallery.ipynb #a9da5cfb
+# %% ../../nbs/api/study_gallery.ipynb #ff44c158
 def draw_shape(findings: list[Finding]) -> tuple[Figure, list[dict]]:
     "Every statement as a paired difference with its interval; right of zero it holds."
     small, found = RunNumbers.load().print_size, [f for f in findings if f.category == "overall"]
@@ -131,5 +131,5 @@ def draw_shape(findings: list[Finding]) -> tuple[Figure, list[dict]]:
         ax.plot([100 * f.low, 100 * f.high], [i, i], color=colour, linewidth=1.2); ax.plot(100 * f.difference, i, shape, color=colour, markerfacecolor=colour if fill else "white", markersize=5)
     for v, (shape, colour, fill) in shapes.items(): ax.plot([], [], shape, color=colour, markerfacecolor=colour if fill else "white", label=v, markersize=5)
     ax.set_yticks(range(len(found)), [f.claim.text + (f"  [{f.claim.where}]" if f.claim.stated else "") for f in found], fontsize=small)
-    ax.invert_yaxis(); ax.tick_params(axis="x", labelsize=small); ax.set_xlabel("difference in points of gIoU, paired, with 95 % interval", fontsize=small + 1); ax.legend(fontsize=small, loc="best")
+    ax.set_ylim(len(found) - .4, -.6); ax.tick_params(axis="x", labelsize=small); ax.set_xlabel("difference in points of gIoU, paired, with 95 % interval", fontsize=small + 1); ax.legend(fontsize=small, loc="best")
     return figure, [dict(statement=f.claim.text, section=f.claim.where, stated=f.claim.stated, difference=f.difference, low=f.low, high=f.high, samples=f.n, verdict=f.verdict, note=f.note) for f in found]
