@@ -69,8 +69,8 @@ class MinedSample:
 # %% ../nbs/api/mined.ipynb #b0867e50
 class Mined(Sequence):
     "All rows of one or several mined folders."
-    def __init__(self, table: pa.Table, sources: list[dict]):
-        self.table, self.sources = table, sources # "folder" of the table counts the sources
+    def __init__(self, table: pa.Table, runs: list[dict]):
+        self.table, self.runs = table, runs # "folder" of the table counts the runs
         self._builders: dict[int, dict] = {}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -84,7 +84,7 @@ class Mined(Sequence):
         if name == "table" or name not in MINED.names: raise AttributeError(name)
         return self.table[name].to_pylist()
 
-    def take(self, indices: Sequence[int]) -> "Mined": return Mined(self.table.take(indices), self.sources)
+    def take(self, indices: Sequence[int]) -> "Mined": return Mined(self.table.take(indices), self.runs)
 
     def picture(self, i: int) -> np.ndarray: # uint8[H,W,3]
         "The picture of sample `i`; the last one is kept."
@@ -99,11 +99,11 @@ class Mined(Sequence):
         if s.image is not None: return load_image(Path(s.image))
         at = s.row["folder"]
         if at not in self._builders:
-            d = self.sources[at]
+            d = self.runs[at]
             try: reader = load_samples(d["spec"], d["split"], d["limit"], d["seed"], **d["options"])
             except (ValueError, OSError) as e: raise MinedError(f"the pictures of these candidates are in {d['spec']}, which cannot be opened from here: {e}") from e
             self._builders[at] = dict(reader.items())
-        if s.name not in self._builders[at]: raise MinedError(f"{s.name} is not in {self.sources[at]['spec']} any more")
+        if s.name not in self._builders[at]: raise MinedError(f"{s.name} is not in {self.runs[at]['spec']} any more")
         return self._builders[at][s.name]().load_image()
 
 # %% ../nbs/api/mined.ipynb #2a38f944
@@ -112,7 +112,7 @@ def read_mined(
     data: str | None = None,        # where the pictures are now, default as mined
 ) -> Mined:
     "Open what `rea2seg mine` wrote; each sample once."
-    tables, sources = [], []
+    tables, runs = [], []
     for folder in map(Path, [folders] if isinstance(folders, (str, Path)) else folders):
         parts, stamp = sorted(folder.glob("part-*.parquet")), folder / "run.json"
         if not parts or not stamp.is_file(): raise MinedError(f"'{folder}' holds nothing that rea2seg mine wrote: no {'part-*.parquet' if stamp.is_file() else 'run.json'}")
@@ -121,9 +121,9 @@ def read_mined(
         for i in np.argsort(found["name"].to_numpy(zero_copy_only=False).astype(str), kind="stable").tolist():
             if (name := found["name"][i].as_py()) not in seen: order.append(i); seen.add(name)
         found = found.take(order)
-        tables.append(found.append_column("folder", pa.array([len(sources)] * len(found), pa.int32())))
-        sources.append(json.loads(stamp.read_text(encoding="utf-8"))["data"] | ({"spec": data} if data else {}))
-    return Mined(pa.concat_tables(tables).combine_chunks(), sources)
+        tables.append(found.append_column("folder", pa.array([len(runs)] * len(found), pa.int32())))
+        runs.append(json.loads(stamp.read_text(encoding="utf-8"))["data"] | ({"spec": data} if data else {}))
+    return Mined(pa.concat_tables(tables).combine_chunks(), runs)
 
 def _read_part(path: Path) -> pa.Table:
     try: table = pq.read_table(path)
