@@ -1978,6 +1978,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'rea2seg/train/overlays.py'),
                                         'rea2seg.train.overlays.OverlayTrainee._read': ( 'api/train_overlays.html#overlaytrainee._read',
                                                                                          'rea2seg/train/overlays.py'),
+                                        'rea2seg.train.overlays.OverlayTrainee.groups': ( 'api/train_overlays.html#overlaytrainee.groups',
+                                                                                          'rea2seg/train/overlays.py'),
                                         'rea2seg.train.overlays.OverlayTrainee.scores': ( 'api/train_overlays.html#overlaytrainee.scores',
                                                                                           'rea2seg/train/overlays.py'),
                                         'rea2seg.train.overlays.OverlayTrainee.tokens_of': ( 'api/train_overlays.html#overlaytrainee.tokens_of',

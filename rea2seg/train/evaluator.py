@@ -151,7 +151,7 @@ def summary_of(records: list[dict]) -> dict[str, float]:
             "val_iou_error": mean(abs(s - t) for r in records for s, t in zip(r["said"], r["true"], strict=True)),
             "val_pairs_right": mean(p for r in records for p in ordered_pairs(r["said"], r["true"])), "val_spearman": mean(spearman(r["said"], r["true"]) for r in records)}
 
-# %% ../../nbs/api/train_evaluator.ipynb #b66ede64
+# %% ../../nbs/api/train_evaluator.ipynb #8dee7c28
 def draw_scored(mined: Mined, record: dict, most: int = 5) -> Figure:
     "A question's best-scored candidates with their estimated and true IoUs, the ground truth dotted."
     s, image = mined[record["at"]], mined.picture(record["at"])
@@ -160,7 +160,7 @@ def draw_scored(mined: Mined, record: dict, most: int = 5) -> Figure:
     figure.suptitle("\n".join(wrap(s.question.replace("$", r"\$"), 110)), fontsize=8)
     for k, (i, mask) in enumerate(zip(order, s.masks(order), strict=True)):
         ax = picture_axes(figure, 1, most, k + 1, image=image, title=f"{s.sources[i]}: says {record['said'][i]:.2f}, is {record['true'][i]:.2f}")
-        outline(ax, mask, PALETTE["winner"] if k == 0 else PALETTE["kept"], fill=.35); outline(ax, s.truth(), PALETTE["truth"], style=":")
+        outline(ax, mask, PALETTE["winner"] if k == 0 else PALETTE["initial"]); outline(ax, s.truth(), PALETTE["truth"], style=":")
     return figure
 
 def log_groups(tracker: Tracker | None, mined: Mined, records: list[dict], step: int, rows: int = 12):
