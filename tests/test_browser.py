@@ -17,9 +17,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
+
+from rea2seg.widgets import explore_attention
+from vision_language import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -52,7 +57,7 @@ def lab(tmp_path_factory):
         while not (files := list((home / "runtime").glob("jpserver-*.json"))):
             assert process.poll() is None and time.time() < end, (home / "log").read_text()[-3000:]
             time.sleep(.2)
-        server = json.loads(files[0].read_text()) | {"process": process}
+        server = json.loads(files[0].read_text()) | {"process": process, "folder": home / "nbs"}
         while True: # the file is written a moment before the door opens
             try: urllib.request.urlopen(f"{server['url']}api?token={server['token']}"); break
             except OSError: assert time.time() < end; time.sleep(.2)
@@ -123,7 +128,7 @@ def keep(page, n, name):
     data = output(page, n).screenshot()
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     assert len(set(picture.resize((80, 80)).get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.resize((80, 80)).getdata())) > 100
-    if os.environ.get("REA2SEG_KEEP"): picture.quantize(200).save(ROOT / "figures" / f"explore_{name}.png", optimize=True)
+    if os.environ.get("REA2SEG_KEEP"): picture.save(ROOT / "figures" / f"explore_{name}.png", optimize=True)
 
 def test_lab_listens_on_loopback_alone_and_asks_for_its_token(lab):
     process = psutil.Process(lab["process"].pid)
@@ -140,6 +145,28 @@ def test_the_notebook_shows_its_widgets_without_a_network(page):
     outside = [u for u in page.asked if not u.startswith(("data:", "blob:", "http://127.0.0.1:", "ws://127.0.0.1:"))]
     assert len(page.asked) > 20 and not outside
     for n, name in enumerate(("attention", "kcore", "gallery")): keep(page, n, f"{name}_light")
+
+def contrast(page, n):
+    "WCAG contrast of the widget's text on what is behind it."
+    return page.evaluate("""i => { const el = document.querySelectorAll('.r2s-readout')[i], rgb = s => s.match(/[\\d.]+/g).map(Number);
+        let back = el; while (back && (rgb(getComputedStyle(back).backgroundColor)[3] ?? 1) === 0) back = back.parentElement;
+        const lum = s => { const [r, g, b] = rgb(s).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+        const a = lum(getComputedStyle(el).color), b = lum(getComputedStyle(back).backgroundColor);
+        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), b]; }""", n)
+
+def test_text_follows_the_theme(page):
+    for n in range(3): ratio, light = contrast(page, n); assert ratio > 7 and light > .8
+    theme(page, "JupyterLab Dark", "false")
+    for n in range(3): ratio, light = contrast(page, n); assert ratio > 7 and light < .05
+    for n, name in enumerate(("attention", "kcore", "gallery")): keep(page, n, f"{name}_dark")
+    theme(page, "JupyterLab Light", "true")
+
+def theme(page, name, light):
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.get_by_text("Theme", exact=True).hover()
+    page.get_by_text(name, exact=True).click()
+    page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=light)
+    page.wait_for_timeout(1000) # styles arrive a moment later
 
 def test_a_slider_changes_the_picture(page):
     changes(page, 0, lambda: (handle(page, 0, "k2").focus(), page.keyboard.press("ArrowLeft")))
@@ -216,22 +243,15 @@ def test_an_error_appears_in_the_widget(page):
     question.fill(asked); question.press("Enter")
     alert.wait_for(state="detached")
 
-def contrast(page, n):
-    "WCAG contrast of the widget's text on what is behind it."
-    return page.evaluate("""i => { const el = document.querySelectorAll('.r2s-readout')[i], rgb = s => s.match(/[\\d.]+/g).map(Number);
-        let back = el; while (back && (rgb(getComputedStyle(back).backgroundColor)[3] ?? 1) === 0) back = back.parentElement;
-        const lum = s => { const [r, g, b] = rgb(s).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-        const a = lum(getComputedStyle(el).color), b = lum(getComputedStyle(back).backgroundColor);
-        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), b]; }""", n)
-
-def test_text_follows_the_theme(page):
-    for n in range(3): ratio, light = contrast(page, n); assert ratio > 7 and light > .8
-    handle(page, 1, "tau").focus(); page.keyboard.press("Home")
-    for _ in range(12): page.keyboard.press("PageUp")
-    page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_text("Theme", exact=True).hover()
-    page.get_by_text("JupyterLab Dark", exact=True).click()
-    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
-    page.wait_for_timeout(1000)
-    for n in range(3): ratio, light = contrast(page, n); assert ratio > 7 and light < .05
-    for n, name in enumerate(("attention", "kcore", "gallery")): keep(page, n, f"{name}_dark")
+def test_an_untrusted_notebook_shows_the_static_picture(lab, page, tmp_path):
+    "What came from elsewhere runs nothing: the PNG beside the widget is shown."
+    model, processor = build("llava")
+    widget = explore_attention(model, processor, np.full((60, 80, 3), 128, np.uint8), "the cube", new_tokens=0)
+    shown = nbformat.v4.new_output("execute_result", widget._repr_mimebundle_(), execution_count=1)
+    cell = nbformat.v4.new_code_cell("look", outputs=[shown], execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), lab["folder"] / "received.ipynb")
+    other = page.context.new_page()
+    other.goto(f"{lab['url']}lab/tree/received.ipynb?token={lab['token']}")
+    picture = other.locator(".jp-RenderedImage img"); picture.wait_for()
+    assert picture.evaluate("i => i.decode().then(() => i.naturalWidth)") > 300 and other.locator(".r2s-root").count() == 0
+    other.close()

@@ -275,10 +275,12 @@ def test_the_kcore_explorer_shows_the_pipelines_masks(tiny, scene, monkeypatch):
     assert w.view.outlines[-1]["label"] == f"mask {len(w.cards.cards)}" and not calls[1:]
     w.edges.value = False
     assert not w.view.edges and shown(w).std() > 5
-    w.question.value = ""
-    assert "the question is empty" in w.message.value
     start = time.perf_counter(); tiny.ground(scene, "the red sphere"); ask = time.perf_counter() - start
     start = time.perf_counter(); w.tau.value = .95; assert time.perf_counter() - start < ask
+    w.question.value = ""
+    assert "the question is empty" in w.message.value and not w.cards.cards and not w.view.points and w.view.picture, "the picture stays, nothing lies on it"
+    w.tau.value = .5
+    assert "the question is empty" in w.message.value
 
 def test_a_question_without_seeds_leaves_the_kcore_explorer_alive(tiny):
     w = explore_kcore(tiny, picture(40, 60), "")
@@ -375,12 +377,17 @@ def test_an_unreadable_picture_is_said_and_the_next_one_works(tiny, scene, tmp_p
     (tmp_path / "bad.png").write_bytes(b"no picture")
     w = explore(tiny, {"bad": tmp_path / "bad.png", "good": scene}, "the red sphere")
     assert "bad.png" in w.message.value and 'role="alert"' in w.message.value and w.rows is None
-    w.layers.value = (0, 1); w.k1.value = 1 # sliders without a picture do nothing
+    w.even.value = not w.even.value # without a picture there is nothing to move
     assert "bad.png" in w.message.value
     w.picture.value = "good"
     assert w.error is None and w.message.value == "" and w.rows is not None and w.layers.value == (4, 6)
+    w.layers.value = (0, 2)
     w.picture.value = "bad"
-    assert "bad.png" in w.message.value and w.rows is not None
+    assert "bad.png" in w.message.value and w.rows is None and not w.view.picture and not w.view.marks
+    w.k1.value = 3
+    assert "bad.png" in w.message.value, "a slider does not wipe it away"
+    w.picture.value = "good"
+    assert w.error is None and w.layers.value == (0, 2) and len(w.view.marks[0]["items"]) == 3, "settings of the reader stay"
 
 def test_a_model_that_fails_is_said(scene):
     def broken(image, question): raise torch.OutOfMemoryError("no memory left")

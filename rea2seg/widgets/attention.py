@@ -46,7 +46,7 @@ def words(text: str) -> str: # HTML
     "Plain text for a panel; nothing in it becomes a tag."
     return f'<div class="r2s-words">{html.escape(text)}</div>' if text else ""
 
-# %% ../../nbs/api/widgets_attention.ipynb #25bdfb62
+# %% ../../nbs/api/widgets_attention.ipynb #efef0f8f
 class AttentionExplorer(Panel):
     "Sliders over the attention rows of one question; build it with `explore` or `explore_attention`."
     name = "attention explorer"
@@ -60,6 +60,7 @@ class AttentionExplorer(Panel):
         super().__init__()
         self.source, self.settings, self.all_layers, self.options = source, settings or Settings.load(), all_layers, options()
         self.rows: Rows | None = None
+        self._fitted = False
         self.view = Picture(alt="attention over the picture; arrow keys move between image tokens, Enter chooses one")
         self._build()
         self._ready = False
@@ -94,8 +95,9 @@ class AttentionExplorer(Panel):
     def _observe(self):
         "Each control repeats its own step and those behind it."
         def on(function, *controls):
+            asks = function in (self.ask, self._choose, self._open) # without rows a slider has nothing to move
             def call(change):
-                if self._ready or self.rows is None:
+                if self._ready and (asks or self.rows is not None):
                     with self.guard(): function()
             for c in controls: c.observe(call, "value")
         on(self.ask, self.question); on(self._choose, self.picture); on(self._open, self.upload)
@@ -103,7 +105,7 @@ class AttentionExplorer(Panel):
         self.again.on_click(self.guarded(self.ask))
         self._ready = True
 
-# %% ../../nbs/api/widgets_attention.ipynb #ef2ae552
+# %% ../../nbs/api/widgets_attention.ipynb #b0ef4871
 def _choose(self: AttentionExplorer):
     "Another picture, with its own question where it has one."
     self._ready, own = False, getattr(self.pictures[self.picture.value], "question", "")
@@ -122,19 +124,20 @@ def _open(self: AttentionExplorer):
         self.ask()
 
 def ask(self: AttentionExplorer):
-    "Run the model once and keep everything that the sliders need."
-    source = self.pictures[self.picture.value]
+    "Run the model once and keep everything that the sliders need; what was asked before goes, whether or not it works."
+    source, self.rows = self.pictures[self.picture.value], None
+    self.view.clear(); self.said.value = ""
     image = source.load_image() if hasattr(source, "load_image") else load_image(source)
+    self.view.show_image(image, self.options)
     rows = self.source(image, self.question.value)
     before, self._ready = self._ready, False
     try: self._fit(rows)
     finally: self._ready = before
-    self.view.show_image(rows.image, self.options)
     self.attend()
 
 def _fit(self: AttentionExplorer, rows: Rows):
     "The controls' ranges for what was recorded."
-    first = self.rows is None
+    first, self._fitted = not self._fitted, True
     self.rows, s, g = rows, self.settings, rows.grounding
     T, low, high = len(rows.boxes_xyxy), rows.layers[0], rows.layers[-1]
     H, W = rows.image.shape[:2]

@@ -51,19 +51,21 @@ class KcoreExplorer(Panel):
                 with self.guard(): function()
         return call
 
-# %% ../../nbs/api/widgets_kcore.ipynb #6ddcea9e
+# %% ../../nbs/api/widgets_kcore.ipynb #e7167fa4
 @torch.no_grad()
 def ask(self: KcoreExplorer):
-    "Ground the question once; seed points and their similarities."
+    "Ground the question once; seed points and their similarities. What was asked before goes, whether or not it works."
+    self.seeds = self._core = self.found = None
+    self.view.clear(); self.cards.put([]); self.said.value = ""
     image = self.source.load_image() if hasattr(self.source, "load_image") else load_image(self.source)
+    self.view.show_image(image, self.options)
     g = self.model.ground(image, self.question.value)
     g = g.split()[0] if g.n > 1 else g
     seeds = seed_points(g, self.model.settings)
     features = point_features(g.embedding, seeds.points_xy)
     alike = (features @ features.T).clamp(max=1).cpu()
-    self.image, self.grounding, self.seeds, self.alike, self._core = image, g, seeds, torch.minimum(alike, alike.T), None
+    self.image, self.grounding, self.seeds, self.alike = image, g, seeds, torch.minimum(alike, alike.T)
     self.background = background_point(g.logits, self.model.settings.background_logit).cpu()
-    self.view.show_image(image, self.options)
     self.cut()
 
 @torch.no_grad()

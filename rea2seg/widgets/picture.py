@@ -74,7 +74,7 @@ def lookup(name: str = "viridis") -> bytes: # uint8[256,3]
     "A colour map that grows in lightness, so it reads without colour too."
     return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
 
-# %% ../../nbs/api/widgets_picture.ipynb #457f7e83
+# %% ../../nbs/api/widgets_picture.ipynb #3d0b7933
 class Picture(anywidget.AnyWidget):
     "A picture and what lies on it; coordinates are pixels of the picture that was given, boxes their edges, points their indices."
     _esm, _css = asset("picture.js"), asset("widgets.css")
@@ -101,12 +101,18 @@ class Picture(anywidget.AnyWidget):
     hint = t.Unicode("Point at the picture, or focus it and use the arrow keys, Enter and Escape.").tag(sync=True)
     alt = t.Unicode("picture").tag(sync=True)          # what a screen reader says
 
+    def clear(self):
+        "Nothing but an empty place."
+        with self.hold_sync():
+            for name in ("picture", "boxes", "values", "points", "point_values", "edges", "fact_values"): setattr(self, name, b"")
+            for name in ("marks", "spots", "outlines", "facts", "scale"): setattr(self, name, [])
+            self.selected = -1
+
     def show_image(self, image: np.ndarray, o: WidgetOptions):
         "Put another picture in; what lay on the former one goes."
         with self.hold_sync():
-            for name in ("boxes", "values", "points", "point_values", "edges", "fact_values"): setattr(self, name, b"")
-            for name in ("marks", "spots", "outlines", "facts", "scale"): setattr(self, name, [])
-            self.selected, self.size_hw, self.width, self.picture = -1, list(image.shape[:2]), o.width, png(image, o.picture_side)
+            self.clear()
+            self.size_hw, self.width, self.picture = list(image.shape[:2]), o.width, png(image, o.picture_side)
 
     def array(self, name: str) -> np.ndarray: # float32, shaped
         "A trait of bytes as an array."
