@@ -21,15 +21,15 @@ from .paper import SYMBOLS
 from .plan import RunNumbers
 from .shown import Shown
 
-# %% ../../nbs/api/study_gallery.ipynb #f24ef632
+# %% ../../nbs/api/study_gallery.ipynb #de72df0a
 def draw_comparison(left: list[dict], right: list[dict], titles: tuple[str, str]) -> tuple[Figure, list[dict]]: # examples, see `rea2seg.study.datasets.example`
     "Figure S1: samples of two data sets side by side."
     n, size = max(len(left), len(right), 1), 1.3
-    c, rows = Canvas(7.4, .4 + 1.5 * n), []
+    c, rows = Canvas(7.4, .5 + 1.5 * n), []
     for x, examples, title in ((.1, left, titles[0]), (3.8, right, titles[1])):
-        c.text(x, .08, title, 60, c.small + 1.5, weight="bold")
+        c.text(x, .08, title, 36, c.small + 1.5, weight="bold")
         for k, e in enumerate(examples):
-            (image, mask), y = pixels(e), .4 + 1.5 * k
+            (image, mask), y = pixels(e), .5 + 1.5 * k
             mark(c.picture(x, y, size, image), mask, PALETTE["truth"], ":", fill=.3)
             c.text(x + size + .1, y + .05, e["question"], 34, c.small + .5); c.text(x + size + .1, y + size - .2, f"{e['category']}{', ' + e['subtype'] if e['subtype'] else ''}", style="italic")
             rows.append(dict(side=title, name=e["name"], category=e["category"], subtype=e["subtype"], question=e["question"]))

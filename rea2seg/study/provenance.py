@@ -6,9 +6,10 @@
 __all__ = ['file_hash', 'resolve_settings', 'study_hashes', 'weights_of', 'facts_of', 'data_hash', 'sidecar', 'write_provenance',
            'Match', 'check']
 
-# %% ../../nbs/api/study_provenance.ipynb #eb2d1c45
+# %% ../../nbs/api/study_provenance.ipynb #ae9c2113
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,7 +59,7 @@ def data_hash(records: Iterable[dict]) -> str: # 16 hex digits
     "Hash over the fingerprints of the samples that were scored."
     return hashlib.sha256("\n".join(sorted({r["fingerprint"] for r in records})).encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/study_provenance.ipynb #8c49f6b3
+# %% ../../nbs/api/study_provenance.ipynb #251c42cc
 def sidecar(path: Path | str) -> Path:
     "The provenance file of an output, whatever its format."
     path = Path(path)
@@ -71,10 +72,10 @@ def write_provenance(
 ) -> Path:
     "Write what an output was made from."
     path = sidecar(outputs[0])
-    write_json(path, {"outputs": {p.name: file_hash(p) for p in map(Path, outputs)}, "inputs": {str(p): file_hash(p) for p in inputs}, **facts})
+    write_json(path, {"outputs": {p.name: file_hash(p) for p in map(Path, outputs)}, "inputs": {Path(os.path.relpath(p, path.parent)).as_posix(): file_hash(p) for p in inputs}, **facts})
     return path
 
-# %% ../../nbs/api/study_provenance.ipynb #acf90a7a
+# %% ../../nbs/api/study_provenance.ipynb #d27729ce
 @dataclass(frozen=True)
 class Match:
     "What `check` found; true where every output would come out the same."
@@ -95,7 +96,7 @@ def _compare(path: Path) -> list[tuple[str, str, str]]:
     kept, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
     state = lambda p: file_hash(p) if p.is_file() else "missing"
     found = _pairs("file", kept["outputs"], {n: state(folder / n) for n in kept["outputs"]})
-    found += _pairs("input", kept["inputs"], {n: state(p if (p := Path(n)).exists() else folder / "results" / p.name) for n in kept["inputs"]})
+    found += _pairs("input", kept["inputs"], {n: state(folder / n) for n in kept["inputs"]})
     if kept.get("scope") != "data": # samples and their counts depend on no model
         try: s = resolve_settings(kept["given"])
         except ValueError as e: return [*found, ("settings", kept["given"]["profile"], str(e))]
