@@ -50,7 +50,7 @@ def count_samples(samples: Iterable[Sample], log: ProblemLog | None = None, keep
     return {"samples": n, "pictures": len(pictures), "subtypes": [[c, t, k] for (c, t), k in by.items()], "granularities": [[c, g, k] for (c, g), k in grains.items()], "kinds": dict(kinds.most_common()),
             "mask_share": float(np.mean(share)) if share else None, "words": float(np.mean(words)) if words else None, "problems": log.to_dict(), "examples": examples}
 
-# %% ../../nbs/api/study_datasets.ipynb #40116fda
+# %% ../../nbs/api/study_datasets.ipynb #cf4b1db0
 def example(s: Sample, side: int = 384) -> dict: # JSON-ready
     "A sample with its picture, at most `side` pixels wide and high."
     image, mask = Image.fromarray(s.load_image()), Image.fromarray(s.load_mask())
@@ -73,6 +73,7 @@ def manifest_samples() -> Iterable[Sample]:
             yield Sample(f"sgdr-world-{k}", Path("not rendered"), question, m["masks"][k], None, category, subtype, granularity, program, image_id=f"test-{seed}"); k += 1
 
 def save_counts(path: Path | str, counts: dict, facts: dict) -> Path:
+    "Write counts and examples with what they were made from."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, counts | {"facts": facts})
     return path
