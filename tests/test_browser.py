@@ -28,7 +28,7 @@ from vision_language import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-PATIENCE = 400 # seconds: a busy machine may take its time, a dead page never comes
+PATIENCE = 600 # seconds: a busy machine may take its time, a dead page never comes
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'rea2seg[dev]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")
 
@@ -72,25 +72,34 @@ def lab(tmp_path_factory):
     with socket.socket() as s: assert s.connect_ex(("127.0.0.1", server["port"])), "the server is gone"
 
 @pytest.fixture(scope="module")
-def page(lab):
-    "The notebook, opened in JupyterLab and run to its end."
+def browser():
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        page = browser.new_page(viewport={"width": 1180, "height": 1500})
-        page.set_default_timeout(1000 * PATIENCE)
-        page.asked = []
-        page.on("request", lambda r: page.asked.append(r.url))
-        page.goto(f"{lab['url']}lab/tree/07_explore.ipynb?token={lab['token']}")
-        page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.keyboard.press("Control+B") # the list of files makes room
-        page.wait_for_selector(".jp-NotebookPanel-toolbar")
-        run_all(page)
-        failed = "[data-mime-type='application/vnd.jupyter.error']"
-        page.wait_for_function(f"""document.querySelector("{failed}") || document.querySelectorAll('.r2s-root[data-drawn]').length === 3 && document.querySelectorAll('.r2s-cards[data-cards]').length >= 2""")
-        assert not page.locator(failed).count(), page.locator(failed).first.inner_text()
-        page.get_by_text("| Idle").wait_for()
-        yield page
+        yield browser
         browser.close()
+
+def opened(browser, lab, notebook):
+    "A notebook in JupyterLab; `page.asked` holds every address that the page asked for."
+    page = browser.new_page(viewport={"width": 1180, "height": 1500})
+    page.set_default_timeout(1000 * PATIENCE)
+    page.asked = []
+    page.on("request", lambda r: page.asked.append(r.url))
+    page.goto(f"{lab['url']}lab/tree/{notebook}?token={lab['token']}")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    return page
+
+@pytest.fixture(scope="module")
+def page(browser, lab):
+    "The study notebook, run to its end."
+    page = opened(browser, lab, "07_explore.ipynb")
+    page.keyboard.press("Control+B") # the list of files makes room
+    page.wait_for_selector(".jp-NotebookPanel-toolbar")
+    run_all(page)
+    failed = "[data-mime-type='application/vnd.jupyter.error']"
+    page.wait_for_function(f"""document.querySelector("{failed}") || document.querySelectorAll('.r2s-root[data-drawn]').length === 3 && document.querySelectorAll('.r2s-cards[data-cards]').length >= 2""")
+    assert not page.locator(failed).count(), page.locator(failed).first.inner_text()
+    page.get_by_text("| Idle").wait_for()
+    return page
 
 def run_all(page):
     "By the menu, which does nothing while the page or the kernel's connection is still opening: pressed until the first cell, which takes no time, is done."
@@ -243,15 +252,13 @@ def test_an_error_appears_in_the_widget(page):
     question.fill(asked); question.press("Enter")
     alert.wait_for(state="detached")
 
-def test_an_untrusted_notebook_shows_the_static_picture(lab, page, tmp_path):
+def test_an_untrusted_notebook_shows_the_static_picture(lab, browser):
     "What came from elsewhere runs nothing: the PNG beside the widget is shown."
     model, processor = build("llava")
     widget = explore_attention(model, processor, np.full((60, 80, 3), 128, np.uint8), "the cube", new_tokens=0)
     shown = nbformat.v4.new_output("execute_result", widget._repr_mimebundle_(), execution_count=1)
     cell = nbformat.v4.new_code_cell("look", outputs=[shown], execution_count=1)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), lab["folder"] / "received.ipynb")
-    other = page.context.new_page()
-    other.goto(f"{lab['url']}lab/tree/received.ipynb?token={lab['token']}")
+    other = opened(browser, lab, "received.ipynb")
     picture = other.locator(".jp-RenderedImage img"); picture.wait_for()
     assert picture.evaluate("i => i.decode().then(() => i.naturalWidth)") > 300 and other.locator(".r2s-root").count() == 0
-    other.close()
