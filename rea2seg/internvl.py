@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 from transformers.initialization import no_init_weights
 
 from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve, write_folder
+from .eyes import EyesConfig
 from .settings import load_section
 from .tiles import IMAGENET, Tiling
 
@@ -194,6 +195,12 @@ def load_tokenizer(folder: Path):
     if lost := [t for t in ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>") if t not in known]: raise CheckpointError(f"the tokenizer of {folder} lacks {', '.join(lost)}")
     return tok
 
+def _native(config: dict) -> InternVLConfig:
+    "A native config.json; another tower keeps its own class."
+    native, vision = InternVLConfig.from_dict(config), config.get("vision_config") or {}
+    if vision.get("model_type") == EyesConfig.model_type: native.vision_config = EyesConfig.from_dict(vision)
+    return native
+
 def _tiling(folder: Path, config: dict, native: InternVLConfig) -> Tiling:
     "Tile side, statistics and most tiles a picture, from the checkpoint's own files."
     side = native.vision_config.image_size[0]
@@ -224,7 +231,7 @@ def load_internvl(
     weights, lora = unwrap_trainer(state, str(folder))
     state = native_state(weights)
     if lora: add_changes(state, lora_changes(lora, {}, str(folder)), str(folder))
-    native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) if kind == "internvl_chat" else InternVLConfig.from_dict(config)
+    native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) if kind == "internvl_chat" else _native(config)
     if native.image_token_id != tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"): raise CheckpointError(f"{folder}: image_token_id {native.image_token_id} is not the tokenizer's <IMG_CONTEXT>")
     if adapter is not None:
         changes, whole = read_adapter(resolve(adapter))

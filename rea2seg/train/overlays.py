@@ -33,10 +33,12 @@ class OverlayTraining(LoopSettings):
     error_weight: float        # squared error of the expected score
     rank_weight: float         # logistic ranking of the masks of one question
     rank_slope: float
-    cover_weight: float        # squared error of recall and precision, read off the score's first place
+    cover_weight: float        # cross-entropy of recall and precision, read off what the heads gather and off the end
     attention_weight: float    # minus log of the attention mass on the target
     mask_attention: float      # share of it for the heads that look at the mask
     mask_heads: int            # heads of each layer that look at the mask, the last ones
+    readout_rate: float        # factor of the learning rate for what reads the scores off
+    frozen_layers: int         # first layers of the language model that stay as they are, and with them eyes and words; 0: all is trained
     attention_first: int       # layers
     attention_last: int
     group_from: float          # share of the training after which groups are read too
@@ -116,17 +118,29 @@ class OverlayTrainee(nn.Module):
         super().__init__()
         self.model, self.settings = loaded.model, settings
         self.builder = GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, profile)
-        self.cover = nn.Linear(loaded.model.config.text_config.hidden_size, 2)  # recall and precision; serves training alone
+        width = loaded.model.config.text_config.hidden_size
+        self.cover = nn.ModuleList([nn.Linear(width, 2) for _ in range(settings.attention_first, settings.attention_last + 2)])  # recall and precision, off each supervised layer's attention and off the end; serves training alone
         ids = [self.builder.encoder.text(str(d)) for d in range(10)]
         if any(len(i) != 1 for i in ids): raise ValueError("the tokenizer must have one token a digit")
         self.digits = [i[0] for i in ids]
+        loaded.model.requires_grad_(True)
+        if settings.frozen_layers:
+            lm = loaded.model.model.language_model
+            for kept in (loaded.model.model.vision_tower, loaded.model.model.multi_modal_projector, *lm.layers[:settings.frozen_layers]): kept.requires_grad_(False)
+
+    def groups(self) -> list[dict]:
+        "Optimizer groups: what reads the scores off (the digits' rows of the word matrix, recall and precision) learns faster than what it reads from."
+        s, lm = self.settings, self.model.model.language_model
+        readout = [lm.embed_tokens.weight, *self.cover.parameters(), *lm.norm.parameters()]
+        taken = {id(p) for p in readout}
+        return [{"params": readout, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
 
     def tokens_of(self, iou: float) -> list[int]: # 0 . d d
         "The written score; 1.00 is written as 0.99, so that every score has the same places."
         return self.builder.encoder.text(f"{min(max(iou, 0.0), 0.99):.2f}")
 
     def _read(self, features: Tensor, rows: list[Row], keys: bool):
-        "Hidden states of all rows, and the attention rows of the scores' first two places over the pictures' tokens."
+        "Hidden states of all rows, what the supervised layers' heads gather, and the attention rows of the scores' first two places over the pictures' tokens."
         lm, enc, device = self.model.model.language_model, self.builder.encoder, features.device
         S, B = max(len(r.ids) for r in rows), len(rows)
         grid = lambda name, fill: torch.tensor([[*getattr(r, name), *[fill] * (S - len(r.ids))] for r in rows], device=device)
@@ -134,25 +148,31 @@ class OverlayTrainee(nn.Module):
         order = torch.arange(S, device=device)
         allowed = ((block[:, None] == 0) | (block[:, None] == block[:, :, None])) & (order[:, None] >= order)
         embeds = lm.get_input_embeddings()(ids)
+        if self.settings.frozen_layers: embeds = embeds.detach()  # words stay; only the digits' rows learn, as what is written
         shown = features[torch.tensor([f for r in rows for f in r.features], device=device)].flatten(0, 1)
         at_image = ids == enc.ids["<IMG_CONTEXT>"]
         embeds = embeds.masked_scatter(at_image[..., None], shown.to(embeds.dtype))
         mask = torch.zeros(B, 1, S, S, dtype=embeds.dtype, device=device).masked_fill(~allowed[:, None], torch.finfo(embeds.dtype).min)
-        run = lambda: lm(inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=place, use_cache=False).last_hidden_state
-        if not keys: return run(), None
+        s, gathered = self.settings, []
+        def run():
+            hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: gathered.append(args[0])) for layer in lm.layers[s.attention_first:s.attention_last + 1]]
+            try: return lm(inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=place, use_cache=False).last_hidden_state
+            finally:
+                for h in hooks: h.remove()
+        if not keys: return run(), gathered, None
         K = max(len(r.scores) for r in rows)
         first = torch.tensor([[at for at, *_ in r.scores] + [r.scores[-1][0]] * (K - len(r.scores)) for r in rows], device=device)
-        T, s = enc.tokens_per_tile, self.settings
+        T = enc.tokens_per_tile
         where = [a.nonzero()[:, 0] for a in at_image]
         P = max(len(w) for w in where)
         columns = torch.stack([F.pad(w, (0, P - len(w)), value=int(w[0])) for w in where])
         with record_attention(lm, torch.cat([first, first + 2], 1), columns, layers=range(s.attention_first, s.attention_last + 1), submodule=lm, heads="all", grad=torch.is_grad_enabled()) as rec: hidden = run()
         a = rec.rows.unflatten(-1, (P // T, T)) # [L,B,2K,H,pictures,T]
-        return hidden, a
+        return hidden, gathered, a
 
     def scores(self, features: Tensor, rows: list[Row], attention: bool = False) -> dict[str, Tensor]:
         "Everything read off at the scores, row after row."
-        hidden, a = self._read(features, rows, attention)
+        hidden, gathered, a = self._read(features, rows, attention)
         row = torch.tensor([b for b, r in enumerate(rows) for _ in r.scores], device=hidden.device)
         at = torch.tensor([s[0] for r in rows for s in r.scores], device=hidden.device)
         picture = torch.tensor([s[1] for r in rows for s in r.scores], device=hidden.device)
@@ -161,7 +181,7 @@ class OverlayTrainee(nn.Module):
         head = self.model.lm_head.weight[torch.tensor(self.digits, device=hidden.device)]
         logits = [F.linear(h, head.to(h.dtype)).float() for h in (h0, h2, h3)]
         tenths = torch.arange(10, device=hidden.device) / 10 + 0.045
-        out = {"first": logits[0], "tenths": logits[1], "last": logits[2], "expected": (logits[1].softmax(-1) * tenths).sum(-1), "cover": self.cover(h2.float()).sigmoid(),
+        out = {"first": logits[0], "tenths": logits[1], "last": logits[2], "expected": (logits[1].softmax(-1) * tenths).sum(-1), "cover": torch.stack([head(h[row, at + 2].float()) for head, h in zip(self.cover, (*gathered, hidden), strict=True)]),
                "truth": torch.tensor([s[2] for r in rows for s in r.scores], device=hidden.device)}
         if a is not None:
             K = a.shape[2] // 2
@@ -184,6 +204,7 @@ def overlay_losses(
     s: OverlayTraining,
 ) -> tuple[Tensor, dict]: # loss, what is logged
     "Digits, expectation, ranking, recall and precision, attention."
+    centred = lambda x: x - x.mean()
     t = found["truth"]
     ious = truths.ious[t].clamp(0, 0.99)
     weight = torch.where(ious >= s.positive_iou, s.positive_weight, 1.0)
@@ -194,11 +215,11 @@ def overlay_losses(
               + F.cross_entropy(found["first"], zero, reduction="none"))
     error = (found["expected"] - ious) ** 2
     ranks = [rank_loss(found["expected"][at], ious[at], s.rank_slope) for q in truths.question[t].unique() if (at := truths.question[t] == q).sum() > 1]
-    cover = ((found["cover"] - truths.cover[t]) ** 2).sum(-1)
+    cover = F.binary_cross_entropy_with_logits(found["cover"], truths.cover[t].expand_as(found["cover"]), reduction="none").sum(-1).mean(0)
     loss = (weight * (s.digit_weight * digits + s.error_weight * error + s.cover_weight * cover)).sum() + s.rank_weight * (sum(ranks) / max(len(ranks), 1))
-    centred = lambda x: x - x.mean()
     a, b = centred(found["expected"].detach()), centred(ious)
-    log = {"digits": (weight * digits).sum().detach(), "error": error.mean().sqrt().detach(), "rank": torch.as_tensor(sum(ranks) / max(len(ranks), 1)).detach(),
+    recall, true = found["cover"].detach()[0, :, 0].sigmoid(), truths.cover[t][:, 0]
+    log = {"digits": (weight * digits).sum().detach(), "recall": (centred(recall) * centred(true)).sum() / (centred(recall).norm() * centred(true).norm()).clamp(min=1e-6), "error": error.mean().sqrt().detach(), "rank": torch.as_tensor(sum(ranks) / max(len(ranks), 1)).detach(),
            "pearson": (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-6)}
     if "attention" in found and s.attention_weight:
         rows = found["attention"].float()                                  # [2,N,L,H,T]
