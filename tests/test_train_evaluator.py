@@ -61,11 +61,11 @@ def children(mined, tmp_path_factory):
     start = lambda command, name: subprocess.Popen(command, env=ENV, cwd=HERE, stdout=(folder / f"{name}.out").open("wb"), stderr=subprocess.STDOUT)
     both = start([*launch, script, str(mined), str(folder / "both"), json.dumps(SHORT)], "both")
     killed = start([sys.executable, script, str(mined), str(folder / "killed"), json.dumps(LONG)], "killed")
-    log, limit = folder / "killed" / "run" / "log.jsonl", time.time() + 240
+    log, limit = folder / "killed" / "run" / "log.jsonl", time.time() + 600
     while time.time() < limit and killed.poll() is None and not (log.exists() and log.read_text().count("\n") >= 13): time.sleep(0.005)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, (folder / "killed.out").read_text()[-2000:]
-    assert both.wait(timeout=240) == 0, (folder / "both.out").read_text()[-3000:]
+    assert both.wait(timeout=600) == 0, (folder / "both.out").read_text()[-3000:]
     return folder
 
 def test_a_killed_run_continues_on_the_same_curve(children, mined, tmp_path):
