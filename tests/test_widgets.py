@@ -380,7 +380,7 @@ def test_an_unreadable_picture_is_said_and_the_next_one_works(tiny, scene, tmp_p
     w.even.value = not w.even.value # without a picture there is nothing to move
     assert "bad.png" in w.message.value
     w.picture.value = "good"
-    assert w.error is None and w.message.value == "" and w.rows is not None and w.layers.value == (4, 6)
+    assert w.error is None and w.message.value == "" and w.rows is not None and w.layers.value == (tiny.settings.first_layer, tiny.settings.last_layer)
     w.layers.value = (0, 2)
     w.picture.value = "bad"
     assert "bad.png" in w.message.value and w.rows is None and not w.view.picture and not w.view.marks
