@@ -1833,8 +1833,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.main': ( 'api/train_evaluator_tiny.html#main',
                                                                                      'rea2seg/train/evaluator_tiny.py'),
-                                              'rea2seg.train.evaluator_tiny.measure': ( 'api/train_evaluator_tiny.html#measure',
-                                                                                        'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.overlaps': ( 'api/train_evaluator_tiny.html#overlaps',
                                                                                          'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.pool_of': ( 'api/train_evaluator_tiny.html#pool_of',

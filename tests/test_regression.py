@@ -31,7 +31,7 @@ def weights(gen) -> dict:
 
 def measured(family: str, folder: Path) -> dict:
     "The numbers of every stage, on two pictures that are no squares."
-    model, out = Rea2Seg.from_profile("tiny", device="cpu", generator=FOLDERS[family](folder), evaluator="attention", max_new_tokens=4, **LAYERS | OPEN), []
+    model, out = Rea2Seg.from_profile("tiny", device="cpu", generator=FOLDERS[family](folder), evaluator="attention", max_new_tokens=4, seed_points=60, **LAYERS | OPEN), []
     for (H, W), question in zip(SIZES, QUESTIONS, strict=False):
         r = model.segment(picture(H, W), question)
         g, c = r.grounding, r.candidates

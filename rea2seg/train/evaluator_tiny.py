@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluator_tokenizer', 'EvaluatorShape', 'evaluator_from', 'Pool', 'question_masks', 'overlaps', 'OverlayBatches',
-           'pool_of', 'measure', 'train_overlays', 'main']
+           'pool_of', 'train_overlays', 'main']
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #d2127e1d
 import argparse
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -31,6 +30,7 @@ from ..mined import read_mined
 from ..prompts import TEMPLATES
 from ..settings import Settings, load_section, parse_changes
 from ..tiles import Tiling
+from .evaluator import score_mined, summary_of
 from .generator import CLIP_MEAN, CLIP_STD, patchify
 from .loop import Tracker, fit
 from .overlays import OverlayTrainee, OverlayTraining, Truths, group_row, single_row
@@ -243,31 +243,16 @@ def pool_of(
     return Pool({k: np.concatenate(v) for k, v in masks.items()}, {k: np.concatenate(v) for k, v in found_for.items()}, (H, W))
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #41f96081
-def measure(loaded: Internvl, profile: Settings, mined, limit: int | None = None) -> dict[str, float]:
-    "What the evaluator is for, on mined questions: gIoU of the initial mask, of its choice and of the best candidate; rank correlation within questions."
-    was, evaluator = loaded.model.training, InternvlEvaluator(loaded, profile)
-    loaded.model.eval()
-    initial, chosen, best, ranks = [], [], [], []
-    for i in range(min(len(mined), limit or len(mined))):
-        one = mined[i]
-        ious = np.asarray(one.ious)
-        if not len(ious): continue
-        scores = evaluator.score(mined.picture(i), one.question, torch.as_tensor(one.masks())).ious.numpy()
-        initial.append(one.initial_iou); chosen.append(ious[scores.argmax()]); best.append(ious.max())
-        if len(ious) > 2 and ious.std() > 0: ranks.append(pd.DataFrame({"score": scores, "iou": ious}).corr("spearman").iloc[0, 1] if scores.std() > 0 else 0.0)
-    if was: loaded.model.train()
-    gain, room = np.mean(chosen) - np.mean(initial), np.mean(best) - np.mean(initial)
-    return {"initial": float(np.mean(initial)), "rea2seg": float(np.mean(chosen)), "oracle": float(np.mean(best)), "gain": float(gain), "recovered": float(gain / max(room, 1e-6)),
-            "spearman": float(np.mean(ranks)), "questions": len(initial)}
-
 def train_overlays(loaded: Internvl, pack: Pack, mined, folder: str | Path, validation=None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                    profile: Settings | None = None, watched: int = 100, **changes) -> Internvl:
     "Learn to score; `validation` is a mined set that no training sees, `watched` of its questions are scored at every checkpoint."
     s, profile = load_section(OverlayTraining, "tiny.evaluator", **changes), profile or Settings.load("tiny")
     trainee = OverlayTrainee(loaded, s, profile).to(device)
     loaded.model.train()
-    check = None if validation is None else lambda m, step: {f"val_{k}": v for k, v in measure(loaded, profile, validation, watched).items()}
-    fit(trainee, OverlayBatches(pack, pool_of(mined, pack), trainee), s, Path(folder) / "run-scores", trainee.groups(), validate=check, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
+    def check(m, step):
+        evaluator = InternvlEvaluator(loaded, profile)
+        return summary_of(score_mined(evaluator, validation, range(min(len(validation), watched))))
+    fit(trainee, OverlayBatches(pack, pool_of(mined, pack), trainee), s, Path(folder) / "run-scores", trainee.groups(), validate=check if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
     loaded.model.eval()
     if PartialState().is_main_process: save_evaluator(loaded, Path(folder) / "evaluator", torch.bfloat16)
     return loaded

@@ -231,7 +231,8 @@ def overlay_losses(
         log |= {"attention": attention.detach(), "mass": mass.mean().detach(), "mask_mass": on_mask.mean().detach()}
     return loss, log
 
-def trainee_forward(self: OverlayTrainee, batch: dict, step: int) -> tuple[Tensor, dict]:
+def trainee_forward(self: OverlayTrainee, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
+    "See all pictures of the step, read its rows, add up the losses."
     features = self.model.get_image_features(pixel_values=batch["pixels"].to(self.model.device), return_dict=True).pooler_output
     rows = batch["rows"]
     return overlay_losses(self.scores(features, rows, bool(self.settings.attention_weight)), batch["truths"], self.settings)
