@@ -35,8 +35,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PAT
 
 def lab_command() -> list[str]:
     "What `make lab` runs, with this Python's jupyter."
-    line = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
-    words = shlex.split(line)
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))} # these tests may themselves run under make, which then says more
+    said = subprocess.run(["make", "-n", "--no-print-directory", "lab"], cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout.splitlines()
+    words = shlex.split(next(line for line in said if "/jupyter " in line))
     at = next(i for i, w in enumerate(words) if w.endswith("/jupyter"))
     words[at] = str(Path(sys.executable).parent / "jupyter")
     return words
