@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rea2seg.evaluator_internvl import InternvlEvaluator
+from rea2seg.eyes import Eyes, EyesConfig
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, save_evaluator
 from rea2seg.settings import Settings, load_section
@@ -43,7 +44,7 @@ def pool(pack):
     return Pool(masks, found_for, (256, 256))
 
 
-def settings(**changes): return load_section(OverlayTraining, "tiny.evaluator", **dict(dict(scenes=1, masks=3, questions=4, batch_size=1, precision="no", steps=8, warmup_steps=1, log_every=1), **changes))
+def settings(**changes): return load_section(OverlayTraining, "tiny.evaluator", **dict(dict(masks=3, questions=4, batch_size=1, precision="no", steps=8, warmup_steps=1, log_every=1), **changes))
 
 
 def test_it_begins_as_the_generator(generator, loaded):
@@ -70,6 +71,12 @@ def test_it_sees_as_the_generator(generator, loaded, pack):
 def test_another_shape_is_refused(generator):
     with pytest.raises(ValueError, match="text_layers is 99, the generator has 8"): evaluator_from(generator, EvaluatorShape(99, 8192))
     with pytest.raises(ValueError, match="opens with"): evaluator_from(generator, prompt="full")
+
+
+@pytest.mark.parametrize(("change", "message"), [(dict(fullatt_block_indexes=[0]), "over the whole picture in every block"), (dict(spatial_merge_size=2), "one token a patch")])
+def test_eyes_of_another_kind_are_refused(loaded, change, message):
+    config = loaded.model.config.vision_config
+    with pytest.raises(ValueError, match=message): Eyes(EyesConfig(hidden_size=256, image_size=[256, 256], patch_size=[16, 16], tower=config.tower | change))
 
 
 def test_group_rows_are_what_scoring_reads(loaded, pack):

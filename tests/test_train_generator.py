@@ -24,7 +24,7 @@ from rea2seg.masks import to_rle
 from rea2seg.sam2_model import Sam2
 from rea2seg.settings import SettingsError, load_section
 from rea2seg.train.families import SampleTrainee, choose_weights, measure_samples, merge_lora, prepare_sample, train_samples
-from rea2seg.train.generator import GeneratorShape, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, trainee_of
+from rea2seg.train.generator import GeneratorShape, GeneratorTrainee, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, trainee_of
 from rea2seg.train.pack import Pack
 from rea2seg.train.samples import Mixture, SampleTraining, open_sources
 from rea2seg.train.tiny import HEAD
@@ -294,3 +294,13 @@ def test_the_verb_trains_and_continues(tmp_path, monkeypatch, capsys):
     assert note["steps"] == 8 and note["settings"]["epochs"] == 4 and note["samples"] == {"referring": 6}
     assert load_generator(tmp_path / "out" / "generator").family == "lens"
     assert rea2seg(command) == 0 and curve(tmp_path / "out") == rows
+
+# ---- the connection module alone ------------------------------------------------------------------------------------------
+
+def test_only_the_connection_module_learns():
+    polish = dict(trained="connector", attention_weight=0.0, attribute_weight=0.0)
+    train = lambda **changes: GeneratorTrainee((g := load_generator("embedded:generator")).model, g.sam, [], load_section(GeneratorTraining, "tiny.generator", **polish | changes))
+    names = {n.removeprefix("model.").split(".")[0] for n, p in train().named_parameters() if p.requires_grad}
+    assert names == {"connector", "conv_1d", "proj_to_sam"}
+    with pytest.raises(ValueError, match="trained must be all or connector, got 'half'"): train(trained="half")
+    with pytest.raises(ValueError, match="must be 0 where only the connector is trained"): train(attention_weight=1.0)

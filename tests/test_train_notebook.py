@@ -1,4 +1,4 @@
-"""The training notebook at its smallest size, as papermill runs it: offline, without W&B, on a CPU."""
+"""The training notebooks at their smallest size, as papermill runs them: offline, without W&B, on a CPU."""
 import json
 import os
 import sys
@@ -6,29 +6,44 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import pytest
 
+from rea2seg.evaluator import load_evaluator
 from rea2seg.generators import load_generator
+from rea2seg.mined import read_mined
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "02_train_generator.ipynb"
+ROOT = Path(__file__).resolve().parents[1] / "nbs"
 
-def test_the_training_notebook_runs(tmp_path, monkeypatch):
-    for name, value in dict(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", MPLBACKEND="agg", CUDA_VISIBLE_DEVICES="").items(): monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    out = tmp_path / "run"
-    papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", dict(size="smoke", device="cpu", out=str(out)), progress_bar=False, cwd=tmp_path)
-    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
-    pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    "Runs a notebook at smoke size; gives its folder, its provenance and how many pictures it shows."
+    def run(name: str) -> tuple[Path, dict, int]:
+        for key, value in dict(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", MPLBACKEND="agg", CUDA_VISIBLE_DEVICES="").items(): monkeypatch.setenv(key, value)
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        out = tmp_path / "run"
+        papermill.execute_notebook(ROOT / name, tmp_path / "out.ipynb", dict(size="smoke", device="cpu", out=str(out)), progress_bar=False, cwd=tmp_path)
+        cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+        return out, json.loads((out / "notebook.json").read_text()), sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+    return run
+
+def test_the_generators_notebook_runs(run_notebook):
+    out, run, pictures = run_notebook("02_train_generator.ipynb")
     assert pictures >= 4 and (out / "pictures" / "answer-0.png").stat().st_size > 5000
     assert load_generator(out / "generator").family == "lens"
-    run = json.loads((out / "notebook.json").read_text())
     assert run["size"] == "smoke" and set(run["report"]["iou"]) >= {"overall", "geometric"} and run["versions"]["torch"]
     for log in ("run", "run-sam"): assert len((out / log / "log.jsonl").read_text().splitlines()) >= 4
 
-def test_parameters_are_plain_and_nothing_is_exported():
-    cells = nbformat.read(NOTEBOOK, 4).cells
-    assert "skip_exec: true" in cells[0].source
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
-    values = {}
+def test_the_evaluators_notebook_runs(run_notebook):
+    out, run, pictures = run_notebook("03_train_evaluator.ipynb")
+    assert pictures >= 4 and (out / "pictures" / "scored-0.png").stat().st_size > 5000
+    assert load_evaluator(out / "evaluator").kind == "internvl" and len(read_mined(out / "mined")) >= 4
+    assert run["size"] == "smoke" and 0 <= run["report"]["val_giou"] <= run["report"]["val_oracle"] <= 1 and "all" in run["categories"] and run["versions"]["torch"]
+    assert len((out / "run-scores" / "log.jsonl").read_text().splitlines()) >= 3
+
+@pytest.mark.parametrize("name", ["02_train_generator.ipynb", "03_train_evaluator.ipynb"])
+def test_parameters_are_plain_and_nothing_is_exported(name):
+    cells = nbformat.read(ROOT / name, 4).cells
+    tagged, values = [c for c in cells if "parameters" in c.metadata.get("tags", [])], {}
     exec(tagged[0].source, values)
-    assert len(tagged) == 1 and all(isinstance(v, (str, int, float, bool)) for k, v in values.items() if k != "__builtins__")
+    assert "skip_exec: true" in cells[0].source and len(tagged) == 1 and all(isinstance(v, (str, int, float, bool)) for k, v in values.items() if k != "__builtins__")
     assert not any("#| export" in c.source for c in cells) and not any(c.get("outputs") for c in cells)

@@ -144,8 +144,8 @@ class OverlayBatches:
 
     def __call__(self, i: int, rank: int, world: int) -> dict:
         s = self.settings
-        order = torch.randperm(len(self.scenes), generator=torch.Generator().manual_seed(s.seed * 1_000_003 + i * s.scenes // len(self.scenes)))
-        mine = [self.scenes[int(order[(i * s.scenes + k) % len(self.scenes)])] for k in range(rank, s.scenes, world)]
+        order = torch.randperm(len(self.scenes), generator=torch.Generator().manual_seed(s.seed * 1_000_003 + i * s.batch_size // len(self.scenes)))
+        mine = [self.scenes[int(order[(i * s.batch_size + k) % len(self.scenes)])] for k in range(rank, s.batch_size, world)]
         groups = self.trainee.progress >= s.group_from and np.random.default_rng((s.seed, i)).random() < s.group_share
         step = _Step(self.trainee)
         for scene in mine: (self._groups if groups else self._singles)(step, scene, np.random.default_rng((s.seed, i, scene)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attention import record_attention
 from ..evaluator_internvl import GroupBuilder
 from ..internvl import Internvl
+from ..scoreline import written
 from ..settings import Settings
 from .loop import LoopSettings
 
@@ -23,7 +24,6 @@ from .loop import LoopSettings
 @dataclass(frozen=True)
 class OverlayTraining(LoopSettings):
     "`[tiny.evaluator]`: the loop's numbers, what a step holds, and loss weights."
-    scenes: int                # of one step
     masks: int                 # overlays of each scene
     questions: int             # of each scene, all asked about each overlay
     digit_weight: float        # cross-entropy of the written digits
@@ -59,7 +59,7 @@ def single_row(
     questions: list[str],
     pictures: tuple[int, int],     # features of photo and overlay
     truths: list[int],             # index of each question's truth
-    written: list[list[int]],      # tokens of each score
+    scored: list[list[int]],       # tokens of each score
 ) -> Row:
     "One overlay and many questions."
     opening = builder.opening("", 1)
@@ -67,7 +67,7 @@ def single_row(
     end = max(i for i, t in enumerate(parts[0]) if t == builder.encoder.ids["</img>"]) + 1
     ids = opening + parts[0][:end]
     block, place, P, scores = [0] * len(ids), list(range(len(ids))), len(ids), []
-    for k, (part, tokens, truth) in enumerate(zip(parts, written, truths, strict=True)):
+    for k, (part, tokens, truth) in enumerate(zip(parts, scored, truths, strict=True)):
         own = part[end:]
         scores.append((len(ids) + len(own) - 1, 1, truth))
         own = own + tokens[:-1]
@@ -79,14 +79,14 @@ def group_row(
     question: str,
     pictures: list[int],           # photo, then the group's overlays
     truths: list[int],
-    written: list[list[int]],
+    scored: list[list[int]],
 ) -> Row:
     "One question and a group, as it is scored."
     ids, scores = list(builder.opening(question, 1)), []
     for k, (part, _) in enumerate(builder.stages(question, [1] * len(truths), False)):
         ids += part
         scores.append((len(ids) - 1, k + 1, truths[k]))
-        ids += written[k]
+        ids += scored[k]
     return Row(ids, [0] * len(ids), list(range(len(ids))), list(pictures), scores)
 
 # %% ../../nbs/api/train_overlays.ipynb #d6050a37
@@ -137,7 +137,7 @@ class OverlayTrainee(nn.Module):
 
     def tokens_of(self, iou: float) -> list[int]: # 0 . d d
         "The written score; 1.00 is written as 0.99, so that every score has the same places."
-        return self.builder.encoder.text(f"{min(max(iou, 0.0), 0.99):.2f}")
+        return self.builder.encoder.text(written(min(iou, 0.99)))
 
     def _read(self, features: Tensor, rows: list[Row], keys: bool):
         "Hidden states of all rows, what the supervised layers' heads gather, and the attention rows of the scores' first two places over the pictures' tokens."
