@@ -196,8 +196,8 @@ class GroupInputs:
     "One group as a training example."
     input_ids: Tensor               # int64[T]
     labels: Tensor                  # int64[T], -100 where nothing is to be learnt
-    pixel_values: Tensor            # float[tiles,3,S,S], photo first
-    tiles: list[int]                # of each picture, photo first
+    pixel_values: Tensor            # float[tiles,3,S,S], photo first where there is one
+    tiles: list[int]                # of each picture, photo first where there is one
     numbers: list[tuple[int, int]]  # where each score stands in `input_ids`, half open
 
 class GroupBuilder:
@@ -234,12 +234,12 @@ class GroupBuilder:
         "A group with its answer, as one sequence; the same tokens that scoring reads and writes."
         enc, t, n = self.encoder, self.template, len(masks)
         if len(ious) != n: raise ValueError(f"{n} masks but {len(ious)} IoUs")
-        pixels = [self.photo(image), *self.masks(image, masks)]
+        pixels = [*([self.photo(image)] if t.photo else []), *self.masks(image, masks)]
         tiles = [len(p) for p in pixels]
-        ids, learn, numbers, todo = self.opening(question, tiles[0]), [], [], list(ious)
+        ids, learn, numbers, todo = self.opening(question, tiles[0] if t.photo else 0), [], [], list(ious)
         learn = [False] * len(ids)
         def add(new, learnt): ids.extend(new); learn.extend([learnt] * len(new))
-        for k, (asked, count) in enumerate(self.stages(question, tiles[1:], reasoning is not None)):
+        for k, (asked, count) in enumerate(self.stages(question, tiles[-n:] if n else [], reasoning is not None)):
             add(asked[:1], k > 0); add(asked[1:], False)   # a further turn begins with the end of the model's last one
             if reasoning is not None and k == 0: add(enc.text(reasoning.strip()) + enc.text("\n") + enc.text(t.open), True)
             for j in range(count):
@@ -278,18 +278,19 @@ class InternvlEvaluator(GroupScorer):
         "Drop the kept features; after the weights changed they are wrong."
         self._kept.clear()
 
-    def _features(self, image: np.ndarray, masks: Tensor) -> list[Tensor]: # float[tokens,C] of the photo, then of each mask
+    def _features(self, image: np.ndarray, masks: Tensor) -> tuple[list[Tensor], list[Tensor]]: # float[tokens,C] of the photo where the template shows it; of each mask
         "Visual tokens; what was seen before is not computed again."
         b, o = self.builder, self.builder.options
         digest = lambda *parts: hashlib.blake2b(b"|".join(parts), digest_size=16).digest()
         photo = digest(b"photo", str(image.shape).encode(), np.ascontiguousarray(image).tobytes())
         base = b"mask" + str(tuple(masks.shape[1:])).encode() + b.settings.mask_view.encode() + (photo if b.settings.mask_view != "binary" else b"")
-        names = [photo] + [digest(base, np.packbits(m.numpy()).tobytes()) for m in masks.cpu()]
+        shown = [photo] if b.template.photo else []
+        names = shown + [digest(base, np.packbits(m.numpy()).tobytes()) for m in masks.cpu()]
         found = {n: self._kept[n] for n in names if n in self._kept}
         new = list(dict.fromkeys(n for n in names if n not in found))
         step = max(1, o.tiles_at_once // max(1, b.mask_tiles))
         tiles = [b.photo(image)] if photo in new else []
-        todo = [names.index(n, 1) - 1 for n in new if n != photo]
+        todo = [names.index(n, len(shown)) - len(shown) for n in new if n != photo]
         for i in range(0, len(todo), step): # drawn and cut piece by piece: full-size pictures of 200 masks would not fit
             tiles += list(b.masks(image, masks[todo[i:i + step]]))
         if tiles:
@@ -298,7 +299,7 @@ class InternvlEvaluator(GroupScorer):
             for n, f in zip(new, seen.split([len(t) for t in tiles])): found[n] = f.flatten(0, 1)
         for n in names: self._kept[n] = found[n]; self._kept.move_to_end(n)
         while len(self._kept) > o.features_kept: self._kept.popitem(last=False)
-        return [found[n] for n in names]
+        return [found[n] for n in shown], [found[n] for n in names[len(shown):]]
 
     def _embed(self, ids: list[int], features: list[Tensor]) -> Tensor: # float[T,C]
         "Token embeddings with the visual tokens in their places."
@@ -310,14 +311,14 @@ class InternvlEvaluator(GroupScorer):
     @torch.no_grad()
     def score_groups(self, image: np.ndarray, question: str, masks: Tensor, groups: list[tuple[int, ...]]) -> GroupScores:
         "Read picture and question once, then all groups in batches."
-        features, per_tile = self._features(image, masks), self.builder.encoder.tokens_per_tile
-        head = self._embed(self.builder.opening(question, len(features[0]) // per_tile), features[:1])
+        (photo, features), per_tile = self._features(image, masks), self.builder.encoder.tokens_per_tile
+        head = self._embed(self.builder.opening(question, sum(map(len, photo)) // per_tile), photo)
         said, step, tokens = [], self.builder.options.groups_at_once if self.share else 1, 0
         if self.share:
             first = Rows(self.model)
             first.feed([head]); tokens += first.read
         for i in range(0, len(groups), step):
-            part = [[features[m + 1] for m in g] for g in groups[i:i + step]]
+            part = [[features[m] for m in g] for g in groups[i:i + step]]
             rows = first.spread(len(part)) if self.share else Rows(self.model)
             said += self._answer(rows, question, part, None if self.share else head); tokens += rows.read
         values, reasoning, raw = (list(x) for x in zip(*said))

@@ -7,12 +7,13 @@ __all__ = ['WINDOWS', 'windows_attention', 'EyesConfig', 'Eyes']
 
 # %% ../nbs/api/eyes.ipynb #ea3922a3
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, InternVLVisionConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from .attention import plain_attention
 
 # %% ../nbs/api/eyes.ipynb #b31bffe0
 def windows_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs):
@@ -20,7 +21,7 @@ def windows_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask=No
     S, L = q.shape[2], int(max_length_q)
     if cu_seq_lens_q is None or (len(cu_seq_lens_q) - 1) * L != S: raise ValueError(f"windows of one length are needed, got {S} tokens and a largest window of {L}")
     cut = lambda t: t[0].unflatten(1, (S // L, L)).transpose(0, 1)
-    out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), dropout_p=dropout, scale=scaling)
+    out = plain_attention(cut(q), cut(k), cut(v), scale=scaling)
     return out.transpose(1, 2).reshape(1, S, q.shape[1], -1), None
 
 WINDOWS = "flash_attention_equal_windows"  # the name decides that whole sequences arrive, with their boundaries

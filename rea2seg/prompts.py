@@ -24,6 +24,7 @@ class Template:
     sep: str
     close: str
     turns: bool = False  # a score after every mask, in turns of its own
+    photo: bool = True   # the photo comes first; it can be left out where masks are drawn on it
 
     def line(self, numbers: list[str]) -> str: return self.open + self.sep.join(numbers) + self.close
 
@@ -44,7 +45,7 @@ TEMPLATES = {
                       open="IoU: ", sep=" ", close=""),
     "turns": Template(system="You grade masks.", task="Photo, then masks ({view}).", question="Question: {question}", ask="IoU:", think="Reason, then IoU:",
                       open="IoU: ", sep=" ", close="", turns=True),
-    "terse": Template(system="", task="", question="{question}", ask="", think="Reason first.", open="=", sep=" ", close="", turns=True),
+    "terse": Template(system="", task="", question="{question}", ask="", think="Reason first.", open="=", sep=" ", close="", turns=True, photo=False),
 }
 
 # %% ../nbs/api/prompts.ipynb #eddee1fd
@@ -70,7 +71,9 @@ def opening(template: Template, question: str, view: str, place: str) -> list:
     "System, photo, task and, unless it comes after the masks, the question."
     before, _, _ = _places(place)
     asked = template.question.format(question=question) + "\n" if before else ""
-    return [START, f"system\n{template.system}", END, "\n", START, "user\nImage-1: ", Picture(0), f"\n{template.task.format(view=VIEW_WORDS[view])}\n{asked}"]
+    if not template.photo and view == "binary": raise ValueError("this template shows no photo, so masks must be drawn on it: mask_view overlay or cutout, not binary")
+    shown = ["Image-1: ", Picture(0), f"\n{template.task.format(view=VIEW_WORDS[view])}\n"] if template.photo else []
+    return [START, f"system\n{template.system}", END, "\n", START, "user\n", *shown, asked]
 
 def stages(template: Template, question: str, n: int, place: str, reasoning: bool) -> list[Stage]:
     "What follows for a group of n masks."

@@ -1,8 +1,11 @@
 "The embedded evaluator's own training: rows made of the tokens that scoring reads, eyes that learn, scores that fall into place."
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from rea2seg.checkpoints import CheckpointError, resolve
 from rea2seg.evaluator_internvl import InternvlEvaluator
 from rea2seg.eyes import Eyes, EyesConfig
 from rea2seg.generators import load_generator
@@ -53,9 +56,9 @@ def test_it_begins_as_the_generator(generator, loaded):
     text = "Which cyan dumbbell is the farthest from the cube?"
     assert loaded.tokenizer.encode(text, add_special_tokens=False) == generator.tokenizer.plain.encode(text, add_special_tokens=False).ids
     x = torch.randn(1, 9, 256)
-    theirs = own.model(inputs_embeds=x, position_ids=torch.arange(9).expand(3, 1, 9), use_cache=False, output_hidden_states=True).hidden_states[len(lm.layers)]
-    mine = lm(inputs_embeds=x, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    assert torch.allclose(mine, lm.norm(theirs), atol=1e-4)  # plain positions: the same rope
+    theirs = own.model(inputs_embeds=x, position_ids=torch.arange(9).expand(3, 1, 9), use_cache=False).last_hidden_state
+    mine = lm(inputs_embeds=x, use_cache=False).last_hidden_state
+    assert len(lm.layers) == len(own.model.layers) and torch.allclose(mine, theirs, atol=1e-4)  # plain positions: the same rope
 
 
 def test_it_sees_as_the_generator(generator, loaded, pack):
@@ -83,21 +86,21 @@ def test_group_rows_are_what_scoring_reads(loaded, pack):
     trainee = OverlayTrainee(loaded, settings(), Settings.load("tiny", **PROFILE))
     masks, ious = question_masks(pack, 0, [0, 1, 2]), [0.12, 0.5, 0.99]
     whole = trainee.builder.group_inputs(pack.image[0].numpy(), "the cube", masks, ious)
-    row = group_row(trainee.builder, "the cube", [0, 1, 2, 3], [0, 1, 2], [trainee.tokens_of(v) for v in ious])
+    row = group_row(trainee.builder, "the cube", [0, 1, 2], [0, 1, 2], [trainee.tokens_of(v) for v in ious])
     assert whole.input_ids.tolist()[:len(row.ids)] == row.ids and len(whole.input_ids) == len(row.ids) + 1
     assert [s[0] + 1 for s in row.scores] == [n[0] for n in whole.numbers]
-    alone = single_row(trainee.builder, ["the cube"], (0, 1), [0], [trainee.tokens_of(0.12)])
+    alone = single_row(trainee.builder, ["the cube"], [0], [0], [trainee.tokens_of(0.12)])
     assert alone.ids == row.ids[:len(alone.ids)] and alone.scores[0] == row.scores[0]
 
 
 def test_questions_side_by_side_do_not_see_each_other(loaded, pack):
     trainee = OverlayTrainee(loaded, settings(), Settings.load("tiny", **PROFILE))
-    features = 3 * torch.randn(2, 256, 256)
+    features = 3 * torch.randn(1, 256, 256)
     texts = ["the cube", "Which sphere is the largest one?", "Segment the table."]
     written = [trainee.tokens_of(v) for v in (0.1, 0.52, 0.9)]
     with torch.no_grad():
-        together = trainee.scores(features, [single_row(trainee.builder, texts, (0, 1), [0, 1, 2], written)], attention=True)
-        apart = [trainee.scores(features, [single_row(trainee.builder, [t], (0, 1), [0], [w])], attention=True) for t, w in zip(texts, written)]
+        together = trainee.scores(features, [single_row(trainee.builder, texts, [0], [0, 1, 2], written)], attention=True)
+        apart = [trainee.scores(features, [single_row(trainee.builder, [t], [0], [0], [w])], attention=True) for t, w in zip(texts, written)]
     for k in ("tenths", "first", "last", "expected"): assert torch.allclose(together[k], torch.cat([a[k] for a in apart]), atol=2e-4), k
     assert torch.allclose(together["attention"], torch.cat([a["attention"] for a in apart], 1), atol=1e-5)
     assert together["attention"].shape == (2, 3, 2, 8, 256) and float(together["attention"].sum(-1).max()) <= 1 + 1e-5
@@ -109,8 +112,8 @@ def test_the_expectation_is_the_evaluators(loaded, pack):
     trainee = OverlayTrainee(loaded.model.eval() and loaded, settings(), profile)
     masks = question_masks(pack, 0, [0])
     with torch.no_grad():
-        features = trainee.model.get_image_features(pixel_values=torch.cat([trainee.builder.photo(pack.image[0].numpy()), trainee.builder.masks(pack.image[0].numpy(), masks)[0]]), return_dict=True).pooler_output
-        found = trainee.scores(features, [group_row(trainee.builder, "the cube", [0, 1], [0], [trainee.tokens_of(0.3)])])
+        features = trainee.model.get_image_features(pixel_values=trainee.builder.masks(pack.image[0].numpy(), masks)[0], return_dict=True).pooler_output
+        found = trainee.scores(features, [group_row(trainee.builder, "the cube", [0], [0], [trainee.tokens_of(0.3)])])
     got = InternvlEvaluator(loaded, profile).score(pack.image[0].numpy(), "the cube", masks).ious
     one = found["first"][:, :2].softmax(-1)[:, 1]  # the chance of 1.00
     assert abs(float(one + (1 - one) * found["expected"]) - float(got)) < 0.05
@@ -128,17 +131,40 @@ def test_scores_fall_into_place(loaded, pack, pool, tmp_path):
     masks = pool.of(0)[:7]
     a, b = (InternvlEvaluator(x, Settings.load("tiny", **PROFILE)).score(pack.image[0].numpy(), "the cube", masks).ious for x in (loaded, again))
     assert torch.allclose(a, b, atol=0.03) and len(a) == 7  # bfloat16 on disk
-    assert sum(f.stat().st_size for f in (tmp_path / "evaluator").iterdir()) < 17.5e6
+
+
+def test_the_tower_can_stay_with_the_generator(generator, loaded, pack, tmp_path):
+    home = tmp_path / "weights"
+    shutil.copytree(resolve("embedded:generator"), home / "generator")
+    with torch.no_grad(): loaded.model.lm_head.weight[3] += 0.5
+    save_evaluator(loaded, home / "evaluator", torch.bfloat16, eyes="../generator")
+    whole = save_evaluator(loaded, home / "whole", torch.bfloat16)
+    a, b = load_internvl(home / "evaluator"), load_internvl(whole)
+    assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+    size = lambda folder: sum(f.stat().st_size for f in folder.iterdir())
+    assert size(home / "evaluator") < 13.5e6 < size(whole) and size(home / "evaluator") + size(home / "generator") < 45e6
+    with torch.no_grad(): loaded.model.model.vision_tower.tower.blocks[0].attn.proj.weight += 0.1
+    with pytest.raises(CheckpointError, match="tower is not that of"): save_evaluator(loaded, home / "evaluator", torch.bfloat16, eyes="../generator")
+    assert torch.equal(load_internvl(home / "evaluator").model.lm_head.weight, a.model.lm_head.weight)  # the former one is whole
+    shutil.move(home / "generator", home / "away")
+    with pytest.raises(CheckpointError, match="sees with the tower of .*generator, which is not there"): load_internvl(home / "evaluator")
+    (whole / "rea2seg.json").write_text('{"eyes": "../away"}')
+    with pytest.raises(CheckpointError, match="yet it has"): load_internvl(whole)
+
+
+def test_a_template_without_a_photo_draws_on_it(loaded):
+    with pytest.raises(ValueError, match="mask_view overlay or cutout, not binary"):
+        InternvlEvaluator(loaded, Settings.load("tiny", **PROFILE | dict(mask_view="binary"))).score(np.zeros((64, 64, 3), np.uint8), "it", torch.ones(1, 64, 64, dtype=torch.bool))
 
 
 def test_groups_come_after_singles(loaded, pack, pool):
     s = settings(group_from=0.5, group_share=1.0)
     trainee = OverlayTrainee(loaded, s, Settings.load("tiny", **PROFILE))
     batches = OverlayBatches(pack, pool, trainee)
-    assert all(len(r.features) == 2 for r in batches(0, 0, 1)["rows"])
+    assert all(len(r.features) == 1 for r in batches(0, 0, 1)["rows"])
     trainee.progress = 0.6
     batch = batches(0, 0, 1)
-    assert all(len(r.features) == 4 and len(r.scores) == 3 for r in batch["rows"])  # three masks were found for each question
+    assert all(len(r.features) == 3 and len(r.scores) == 3 for r in batch["rows"])  # three masks were found for each question
     loss, log = trainee(batch, 0)
     assert torch.isfinite(loss) and 0 < float(log["mass"]) < 1
     with pytest.raises(ValueError, match="no scene of the pack"): OverlayBatches(pack, Pool({}, {}, (256, 256)), trainee)

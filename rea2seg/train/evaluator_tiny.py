@@ -171,9 +171,11 @@ class OverlayBatches:
             take(own[v < 0.1])
         while len(chosen) < s.masks: take(np.arange(len(masks)))
         best = ious[chosen].max(0).values.numpy()
-        fits, rest = rng.permutation(np.flatnonzero(best >= 0.5)).tolist(), rng.permutation(np.flatnonzero(best < 0.5)).tolist()
-        half = min(len(fits), max(s.questions * 3 // 4, s.questions - len(rest)))
-        qs = (fits[:half] + rest)[:s.questions]
+        mined = asked[:2].tolist()                                # for which these masks were found: what the generator takes for the answer
+        fits, rest = ([k for k in rng.permutation(np.flatnonzero(at)).tolist() if k not in mined] for at in (best >= 0.5, best < 0.5))
+        free = s.questions - len(mined)
+        half = min(len(fits), max(free * 3 // 4, free - len(rest)))
+        qs = (mined + fits[:half] + rest)[:s.questions]
         step.singles(self.pack, scene, masks[chosen], qs, ious[chosen][:, qs], cover[chosen][:, qs])
 
     def _groups(self, step: "_Step", scene: int, rng):
@@ -193,10 +195,11 @@ class _Step:
         self.t, self.pixels, self.rows = trainee, [], []
         self.ious, self.cover, self.target, self.mask, self.question, self.asked = [], [], [], [], [], 0
 
-    def _see(self, image: np.ndarray, masks: Tensor) -> list[int]:
+    def _see(self, image: np.ndarray, masks: Tensor) -> tuple[list[int], list[int]]: # features of the photo where it is shown, of the overlays
         first = sum(map(len, self.pixels))
-        self.pixels.append(torch.cat([self.t.builder.photo(image), self.t.builder.masks(image, masks).flatten(0, 1)]))
-        return list(range(first, first + 1 + len(masks)))
+        shown = [self.t.builder.photo(image)] if self.t.builder.template.photo else []
+        self.pixels.append(torch.cat([*shown, self.t.builder.masks(image, masks).flatten(0, 1)]))
+        return list(range(first, first + sum(map(len, shown)))), list(range(first + sum(map(len, shown)), first + len(self.pixels[-1])))
 
     def _true(self, iou, cover, target, mask, question) -> int:
         for held, v in zip((self.ious, self.cover, self.target, self.mask, self.question), (iou, cover, target, mask, question)): held.append(v)
@@ -209,16 +212,16 @@ class _Step:
 
     def singles(self, pack, scene, masks, qs, ious, cover):
         texts = [pack.questions[scene][q]["q"] for q in qs]
-        seen, target, shown = self._see(pack.image[scene].numpy(), masks), self._tokens(question_masks(pack, scene, qs)), self._tokens(masks)
+        (photo, seen), target, shown = self._see(pack.image[scene].numpy(), masks), self._tokens(question_masks(pack, scene, qs)), self._tokens(masks)
         for m in range(len(masks)):
             at = [self._true(ious[m, k], cover[m, k], target[k], shown[m], self.asked + k) for k in range(len(qs))]
-            self.rows.append(single_row(self.t.builder, texts, (seen[0], seen[1 + m]), at, [self.t.tokens_of(float(ious[m, k])) for k in range(len(qs))]))
+            self.rows.append(single_row(self.t.builder, texts, [*photo, seen[m]], at, [self.t.tokens_of(float(ious[m, k])) for k in range(len(qs))]))
         self.asked += len(qs)
 
     def group(self, pack, scene, masks, q, ious, cover):
-        seen, target, shown = self._see(pack.image[scene].numpy(), masks), self._tokens(question_masks(pack, scene, [q]))[0], self._tokens(masks)
+        (photo, seen), target, shown = self._see(pack.image[scene].numpy(), masks), self._tokens(question_masks(pack, scene, [q]))[0], self._tokens(masks)
         at = [self._true(ious[m], cover[m], target, shown[m], self.asked) for m in range(len(masks))]
-        self.rows.append(group_row(self.t.builder, pack.questions[scene][q]["q"], seen, at, [self.t.tokens_of(float(v)) for v in ious]))
+        self.rows.append(group_row(self.t.builder, pack.questions[scene][q]["q"], photo + seen, at, [self.t.tokens_of(float(v)) for v in ious]))
         self.asked += 1
 
     def batch(self) -> dict:

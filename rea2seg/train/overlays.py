@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attention import record_attention
 from ..evaluator_internvl import GroupBuilder
 from ..internvl import Internvl
+from ..lens_packing import BlockMask, use_blocks
 from ..scoreline import written
 from ..settings import Settings
 from .loop import LoopSettings
@@ -57,7 +58,7 @@ class Row:
 def single_row(
     builder: GroupBuilder,
     questions: list[str],
-    pictures: tuple[int, int],     # features of photo and overlay
+    pictures: list[int],           # features of the photo, where the template shows it, and of the overlay
     truths: list[int],             # index of each question's truth
     scored: list[list[int]],       # tokens of each score
 ) -> Row:
@@ -69,7 +70,7 @@ def single_row(
     block, place, P, scores = [0] * len(ids), list(range(len(ids))), len(ids), []
     for k, (part, tokens, truth) in enumerate(zip(parts, scored, truths, strict=True)):
         own = part[end:]
-        scores.append((len(ids) + len(own) - 1, 1, truth))
+        scores.append((len(ids) + len(own) - 1, len(pictures) - 1, truth))
         own = own + tokens[:-1]
         ids += own; block += [k + 1] * len(own); place += range(P, P + len(own))
     return Row(ids, block, place, list(pictures), scores)
@@ -77,7 +78,7 @@ def single_row(
 def group_row(
     builder: GroupBuilder,
     question: str,
-    pictures: list[int],           # photo, then the group's overlays
+    pictures: list[int],           # the photo, where the template shows it, then the group's overlays
     truths: list[int],
     scored: list[list[int]],
 ) -> Row:
@@ -85,7 +86,7 @@ def group_row(
     ids, scores = list(builder.opening(question, 1)), []
     for k, (part, _) in enumerate(builder.stages(question, [1] * len(truths), False)):
         ids += part
-        scores.append((len(ids) - 1, k + 1, truths[k]))
+        scores.append((len(ids) - 1, len(pictures) - len(truths) + k, truths[k]))
         ids += scored[k]
     return Row(ids, [0] * len(ids), list(range(len(ids))), list(pictures), scores)
 
@@ -152,7 +153,8 @@ class OverlayTrainee(nn.Module):
         shown = features[torch.tensor([f for r in rows for f in r.features], device=device)].flatten(0, 1)
         at_image = ids == enc.ids["<IMG_CONTEXT>"]
         embeds = embeds.masked_scatter(at_image[..., None], shown.to(embeds.dtype))
-        mask = torch.zeros(B, 1, S, S, dtype=embeds.dtype, device=device).masked_fill(~allowed[:, None], torch.finfo(embeds.dtype).min)
+        mask = BlockMask.of(block, place) if (block > 0).any() and use_blocks(lm) else None
+        if mask is None: mask = torch.zeros(B, 1, S, S, dtype=embeds.dtype, device=device).masked_fill(~allowed[:, None], torch.finfo(embeds.dtype).min)
         s, gathered = self.settings, []
         def run():
             hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: gathered.append(args[0])) for layer in lm.layers[s.attention_first:s.attention_last + 1]]
