@@ -69,7 +69,7 @@ def merging(): return wild(new_internvl(SIZE, merging_tokenizer()))
 
 
 def settings_of(**changes):
-    return Settings.load("tiny", **(dict(prompt="full", question_place="before", mask_view="binary", scoring="text", chain_of_thought=False) | changes))
+    return Settings.load("tiny", **(dict(prompt="full", question_place="before", mask_view="binary", scoring="text", chain_of_thought=False, group_size=5) | changes))
 
 
 def line_of(template, n): return re.escape(template.open) + re.escape(template.sep).join([r"(0\.\d\d|1\.00)"] * n) + re.escape(template.close)

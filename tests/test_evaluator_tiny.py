@@ -11,7 +11,7 @@ from rea2seg.eyes import Eyes, EyesConfig
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, save_evaluator
 from rea2seg.settings import Settings, load_section
-from rea2seg.train.evaluator_tiny import EvaluatorShape, OverlayBatches, Pool, evaluator_from, overlaps, pool_of, question_masks
+from rea2seg.train.evaluator_tiny import EvaluatorShape, OverlayBatches, Pool, PromptedPool, evaluator_from, overlaps, pool_of, question_masks
 from rea2seg.train.generator import patchify
 from rea2seg.train.loop import fit
 from rea2seg.train.overlays import OverlayTrainee, OverlayTraining, group_row, overlay_losses, rank_loss, single_row, soft_digits
@@ -159,7 +159,7 @@ def test_a_template_without_a_photo_draws_on_it(loaded):
 
 def test_groups_come_after_singles(loaded, pack, pool):
     s = settings(group_from=0.5, group_share=1.0)
-    trainee = OverlayTrainee(loaded, s, Settings.load("tiny", **PROFILE))
+    trainee = OverlayTrainee(loaded, s, Settings.load("tiny", **PROFILE | dict(group_size=5)))
     batches = OverlayBatches(pack, pool, trainee)
     assert all(len(r.features) == 1 for r in batches(0, 0, 1)["rows"])
     trainee.progress = 0.6
@@ -168,6 +168,19 @@ def test_groups_come_after_singles(loaded, pack, pool):
     loss, log = trainee(batch, 0)
     assert torch.isfinite(loss) and 0 < float(log["mass"]) < 1
     with pytest.raises(ValueError, match="no scene of the pack"): OverlayBatches(pack, Pool({}, {}, (256, 256)), trainee)
+
+
+def test_masks_of_prompts_need_no_mining(generator, loaded, pack):
+    pool = PromptedPool(pack, generator.sam, settings().prompt_noise)
+    masks, found_for = pool.draw(0, np.random.default_rng(3))
+    assert masks.dtype == torch.bool and masks.shape[1:] == (256, 256) and len(masks) == len(found_for) and masks.flatten(1).any(1).all()
+    ious, _ = overlaps(masks, question_masks(pack, 0, list(range(len(pack.questions[0])))))
+    asked = np.unique(found_for)
+    assert len(asked) == 2 and all(ious[found_for == q, q].max() > 0.5 and ious[found_for == q, q].min() < 0.5 for q in asked)  # right ones and wrong ones
+    again = pool.draw(0, np.random.default_rng(3)); other = pool.draw(0, np.random.default_rng(4))
+    assert torch.equal(masks, again[0]) and not (masks.shape == other[0].shape and torch.equal(masks, other[0]))
+    batch = OverlayBatches(pack, pool, OverlayTrainee(loaded, settings(), Settings.load("tiny", **PROFILE)))(0, 0, 1)
+    assert len(batch["rows"]) == 3 and len(batch["truths"].ious) == 12 and float(batch["truths"].ious.max()) > 0.5
 
 
 def test_losses_prefer_the_truth():

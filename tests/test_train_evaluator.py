@@ -319,7 +319,7 @@ def test_the_verb_trains_and_continues(mined, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     save_evaluator(small(positions=4096), tmp_path / "start")
     command = ["train", "evaluator", "--profile", "tiny", "--stage", "2", "--mined", str(mined), "--validation", str(mined), "--base", str(tmp_path / "start"), "--device", "cpu", "--out", str(tmp_path / "out"),
-               *[x for kv in ("epochs=2", "batch_size=4", "warmup_steps=1", "log_every=1", "learning_rate=3e-3", "prompt=brief", "mask_view=overlay") for x in ("--set", kv)]]
+               *[x for kv in ("epochs=2", "batch_size=4", "warmup_steps=1", "log_every=1", "learning_rate=3e-3", "prompt=brief", "mask_view=overlay", "group_size=5") for x in ("--set", kv)]]
     assert main(command) == 0, capsys.readouterr().err
     rows = curve(tmp_path / "out")
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[-1]["loss"] < rows[0]["loss"]

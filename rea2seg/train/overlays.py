@@ -27,6 +27,7 @@ class OverlayTraining(LoopSettings):
     "`[tiny.evaluator]`: the loop's numbers, what a step holds, and loss weights."
     masks: int                 # overlays of each scene
     questions: int             # of each scene, all asked about each overlay
+    prompt_noise: float        # standard deviation of the noise on prompts of masks that are not mined
     digit_weight: float        # cross-entropy of the written digits
     digit_spread: float        # standard deviation of the digits' soft targets, in IoU
     positive_weight: float     # factor of scores whose true IoU is at least `positive_iou`
