@@ -276,8 +276,9 @@ def pool_of(
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #41f96081
 def train_overlays(loaded: Internvl, pack: Pack, pool: Pool | PromptedPool, folder: str | Path, validation=None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                    profile: Settings | None = None, watched: int = 100, **changes) -> Internvl:
-    "Learn to score; `validation` is a mined set that no training sees, `watched` of its questions are scored at every checkpoint."
+    "Learn to score; `validation` is a mined set that no training sees, `watched` of its questions are scored at every checkpoint, one mask at a time where the training has no groups (`group_from` of 1)."
     s, profile = load_section(OverlayTraining, "tiny.evaluator", **changes), profile or Settings.load("tiny")
+    if s.group_from >= 1: profile = profile.with_(group_size=1)  # it will never see a group
     trainee = OverlayTrainee(loaded, s, profile).to(device)
     loaded.model.train()
     def check(m, step):
