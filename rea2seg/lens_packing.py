@@ -72,16 +72,15 @@ def lay_out(
 BLOCKS = "rea2seg_blocks_sdpa"
 
 class _Move(torch.autograd.Function):
-    "Rows `x[to]`; the way back is a selection too, since no row but those of padding has two places."
+    "Rows `x[to]`; the way back is a selection too, since no row but those of padding has two places, and those get nothing."
     @staticmethod
-    def forward(ctx, x, to, back, kept): # float[n,c], int[m], int[n], bool[m] or None where rows of padding receive nothing
+    def forward(ctx, x, to, back, kept): # float[n,c], int[m], int[n], bool[n]
         ctx.save_for_backward(back, kept)
         return x.index_select(0, to)
     @staticmethod
     def backward(ctx, grad):
         back, kept = ctx.saved_tensors
-        grad = grad.index_select(0, back)
-        return grad if kept is None else grad * kept[:, None], None, None, None
+        return grad.index_select(0, back) * kept[:, None], None, None, None
 
 @dataclass
 class BlockMask:
@@ -93,20 +92,22 @@ class BlockMask:
     place: Tensor   # int[B*n*L], the token (row by row, counted after the prefix) in each place of the padded blocks
     back: Tensor    # int[B*(S-P)], the place of each token
     filled: Tensor  # bool[B*n*L], False where a block is padded
+    true: Tensor    # bool[B*(S-P)], False where a row is padded
 
     @classmethod
-    def of(cls, blocks: Tensor, places: Tensor) -> "BlockMask | None": # None where the prefixes differ in length
+    def of(cls, blocks: Tensor, places: Tensor) -> "BlockMask | None": # None where the prefixes differ in length, or where one long block among many short ones would make padding dearer than the whole mask
         lengths = (blocks == PREFIX).sum(1)
         if bool((lengths != lengths[0]).any()): return None
         P, (B, S), device = int(lengths[0]), blocks.shape, blocks.device
         block, offset = blocks[:, P:] - 1, places[:, P:] - P
         L, n = int(offset.max()) + 1, int(block.max()) + 1
+        if n * L * (P + L) > S * S: return None
         true, row = block >= 0, torch.arange(B, device=device)[:, None]
         back = torch.where(true, (row * n + block) * L + offset, 0)
         place, filled = torch.zeros(B * n * L, dtype=torch.long, device=device), torch.zeros(B * n * L, dtype=torch.bool, device=device)
         tokens = torch.arange(B * (S - P), device=device).view(B, -1)
         place[back[true]] = tokens[true]; filled[back[true]] = True
-        return cls(P, blocks, L, n, place, back.flatten(), filled)
+        return cls(P, blocks, L, n, place, back.flatten(), filled, true.flatten())
 
     def rows(self, at: Tensor, length: int) -> Tensor: # int[B,Q] -> bool[B,1,Q,length]
         "Written-out rows of the mask."
@@ -125,7 +126,7 @@ def blocks_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask=Non
     scale = D ** -0.5 if scaling is None else scaling
     start = plain_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], True, scale).transpose(1, 2)
     if not R: return start.contiguous(), None
-    cut = lambda t, width: _Move.apply(t.reshape(B * R, H * width), m.place, m.back, None).view(B, n, L, H, width).transpose(2, 3)  # [B,n,H,L,width]
+    cut = lambda t, width: _Move.apply(t.reshape(B * R, H * width), m.place, m.back, m.true).view(B, n, L, H, width).transpose(2, 3)  # [B,n,H,L,width]
     join = lambda t, width: _Move.apply(t.transpose(2, 3).reshape(B * n * L, H * width), m.back, m.place, m.filled).view(B, R, H, width)
     own = q[:, :, P:] * scale
     q_, k_, v_ = (cut(t.transpose(1, 2), D) for t in (own, k[:, :, P:], v[:, :, P:]))
