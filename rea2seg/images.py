@@ -59,7 +59,7 @@ def load_image(
     name = "the picture" if isinstance(source, (bytes, Image.Image)) else f"'{source}'"
     try: return np.array(_open(source, name, limit)) # a copy: Pillow's own buffer is read-only, which torch complains about
     except ImageError: raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as e: raise ImageError(f"{name} cannot be read: {e}") from e
+    except Exception as e: raise ImageError(f"{name} cannot be read: {e}") from e # Pillow raises whatever a damaged field leads to: TypeError, KeyError, struct.error
 
 def _open(source, name: str, limit: int) -> Image.Image:
     if isinstance(source, Image.Image): picture = source
