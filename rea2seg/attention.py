@@ -50,7 +50,7 @@ def plain_attention(
     causal: bool = False,
     scale: float | None = None, # default D ** -0.5
 ) -> Tensor: # float[B,H,S,D]
-    "SDPA, written out where gradients are wanted in half precision on a CPU: the way there and back through flash attention takes 2.5 times as long."
+    "SDPA, written out where gradients are wanted in half precision on a CPU, where flash attention's way back is the slower one."
     half = query.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if query.device.type != "cpu" or not half or not torch.is_grad_enabled(): return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)

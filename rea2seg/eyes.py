@@ -20,6 +20,7 @@ def windows_attention(module, q: Tensor, k: Tensor, v: Tensor, attention_mask=No
     "Attention within windows of one length, as one batch; q, k, v float[1,heads,S,d]."
     S, L = q.shape[2], int(max_length_q)
     if cu_seq_lens_q is None or (len(cu_seq_lens_q) - 1) * L != S: raise ValueError(f"windows of one length are needed, got {S} tokens and a largest window of {L}")
+    if dropout: raise ValueError("attention in windows has no dropout")
     cut = lambda t: t[0].unflatten(1, (S // L, L)).transpose(0, 1)
     out = plain_attention(cut(q), cut(k), cut(v), scale=scaling)
     return out.transpose(1, 2).reshape(1, S, q.shape[1], -1), None

@@ -221,7 +221,7 @@ def borrowed_eyes(
     dtype: torch.dtype,
     state: dict[str, Tensor],  # of the evaluator, without a tower
 ) -> dict[str, Tensor]: # under the evaluator's names
-    "The vision tower of a generator, for an evaluator that sees through the same one; two copies of it would be a third of the package."
+    "The vision tower of a generator, for an evaluator that sees through the same one; a second copy would be 6.7 MB of the embedded one's 45."
     generator = Path(os.path.normpath(generator))  # the evaluator's own folder need not exist yet
     if own := [n for n in state if n.startswith(_tower)]: raise CheckpointError(f"the checkpoint says that its tower is {generator}'s, yet it has {_some(own)}")
     if not generator.is_dir(): raise CheckpointError(f"the evaluator sees with the tower of {generator}, which is not there")
