@@ -153,6 +153,7 @@ class Packed:
     prompt_embeds: Tensor        # float[N,1,C]
     image_of: Tensor             # int[N]
     attention: Tensor | None     # float[N,L,T], first query over the image tokens; T is the largest, 0 beyond a picture's own
+    looks: Tensor | None         # float[M,L,T], likewise of each place in `looks`, in the order of pictures, questions and places
     answer_logits: Tensor | None # float[A,V], prediction of every answer token
     answer_ids: Tensor           # int[A]
     answer_of: Tensor            # int[A], question of each answer token
@@ -164,6 +165,7 @@ def packed(self: LensModel,
     answers: Sequence[Sequence[Sequence[int]]] | None = None, # per picture and question: the written answer with its end token
     attention: bool = False,                      # record the first query's rows
     grids: Tensor | None = None,                  # int[B,3] image_grid_thw for three-dimensional rope
+    looks: Sequence[Sequence[Sequence[int]]] | None = None,   # per picture and question: places in the rest of its prompt whose rows are recorded too
 ) -> Packed:
     "Run all questions about all pictures in one forward pass."
     if len(prefixes) and isinstance(prefixes[0], int): prefixes = [prefixes] * len(image_tokens)
@@ -179,16 +181,18 @@ def packed(self: LensModel,
     # as numbers: sdpa would turn booleans into them again in every layer
     if mask is None: mask = torch.zeros_like(plan.mask, dtype=embeds.dtype).masked_fill(~plan.mask, torch.finfo(embeds.dtype).min)
     run = lambda: self.model(inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=_rope(self, plan, prefixes, grids), use_cache=False)
-    rows = None
-    if attention:
-        first, keys, own = _row_places(self, plan)
-        with record_attention(self.model, first, keys, submodule=self.model, grad=torch.is_grad_enabled()) as recorder: states = run().last_hidden_state
-        number = plan.block[plan.image_of, plan.query_at[:, 0]] - 1
-        rows = recorder.rows.permute(1, 2, 0, 3)[plan.image_of, number] * own[plan.image_of][:, None]
+    rows = {}
+    if attention or looks is not None:
+        keys, own = _image_places(self, plan)
+        wanted = ({"first": (plan.image_of, plan.query_at[:, 0])} if attention else {}) | ({"looks": _look_places(plan, questions, answers, looks)} if looks is not None else {})
+        with record_attention(self.model, {k: _ragged(*at, len(plan.ids)) for k, at in wanted.items()}, keys, submodule=self.model, grad=torch.is_grad_enabled()) as recorder: states = run().last_hidden_state
+        for name, (image, _) in wanted.items():
+            number = torch.cat([torch.arange(n, device=self.device) for n in torch.bincount(image, minlength=len(plan.ids)).tolist()])
+            rows[name] = recorder.rows[name].permute(1, 2, 0, 3)[image, number] * own[image][:, None]
     else: states = run().last_hidden_state
     seen = states[plan.image_of[:, None], plan.query_at]
     logits = self.lm_head(states[plan.answer_at[:, 0], plan.answer_at[:, 1]]) if answers is not None else None
-    return Packed(seen, self.prompt_embeds(seen), plan.image_of, rows, logits, plan.answer_ids, plan.answer_of)
+    return Packed(seen, self.prompt_embeds(seen), plan.image_of, rows.get("first"), rows.get("looks"), logits, plan.answer_ids, plan.answer_of)
 
 LensModel.packed = packed
 
@@ -204,10 +208,22 @@ def _rope(self: LensModel, plan: Layout, prefixes, grids: Tensor | None) -> Tens
         out[:, b, P:] += three.max() + 1 - P
     return out
 
-def _row_places(self: LensModel, plan: Layout) -> tuple[Tensor, Tensor, Tensor]: # int[B,Q], int[B,T], bool[B,T]
-    "First queries and image tokens of every row, padded where rows differ."
-    B = len(plan.ids)
-    ragged = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    pads = [(row == self.config.image_token_id).nonzero()[:, 0] for row in plan.ids]
-    first = [plan.query_at[plan.image_of == b, 0] for b in range(B)]
-    return ragged(first), ragged(pads), ragged([torch.ones_like(p, dtype=torch.bool) for p in pads])
+def _ragged(image: Tensor, at: Tensor, B: int) -> Tensor: # int[M] and int[M], sorted by picture -> int[B,K]
+    "Places by row, padded with 0 where rows differ."
+    return torch.nn.utils.rnn.pad_sequence(at.split(torch.bincount(image, minlength=B).tolist()), batch_first=True)
+
+def _image_places(self: LensModel, plan: Layout) -> tuple[Tensor, Tensor]: # int[B,T], bool[B,T]
+    "Image tokens of every row, padded where rows differ."
+    image, at = (plan.ids == self.config.image_token_id).nonzero(as_tuple=True)
+    return _ragged(image, at, len(plan.ids)), _ragged(image, torch.ones_like(at, dtype=torch.bool), len(plan.ids))
+
+def _look_places(plan: Layout, questions, answers, looks) -> tuple[Tensor, Tensor]: # int[M], int[M]: row and place
+    "Where the wanted places of every question's text stand."
+    n, found = 0, []
+    for b, of in enumerate(questions):
+        for i, question in enumerate(of):
+            if bad := [p for p in looks[b][i] if not 0 <= p < len(question)]: raise ValueError(f"places {bad} are not among the {len(question)} tokens of question {i} of picture {b}")
+            start = int(plan.query_at[n, 0]) - len(question) - (len(answers[b][i]) if answers is not None else 0)
+            found += [(b, start + p) for p in looks[b][i]]; n += 1
+    if not found: raise ValueError("looks has no place in any question")
+    return tuple(torch.tensor(found, device=plan.ids.device).T)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'GeneratorTraining', 'patchify', 'token_counts', 'target_tokens', 'attention_losses',
            'per_owner', 'GeneratorTrainee', 'init_generator', 'QuestionBatches', 'GeneratorShape', 'new_generator',
-           'prompts_of', 'trainee_of', 'ground_pack', 'by_category', 'pack_examples', 'draw_answers']
+           'prompts_of', 'token_ends', 'trainee_of', 'ground_pack', 'by_category', 'pack_examples', 'draw_answers']
 
 # %% ../../nbs/api/train_generator.ipynb #00ae9ed9
 import tempfile
@@ -44,6 +44,10 @@ class GeneratorTraining(LoopSettings):
     attention_spread: float
     attention_first: int
     attention_last: int
+    mention_weight: float    # 0: packs need not say what their questions name
+    mention_first: int
+    mention_last: int
+    mention_rate: float      # factor of the learning rate of those layers
     attribute_weight: float
     mask_from: float
     mask_questions: int
@@ -89,12 +93,12 @@ def attention_losses(
     attention: Tensor, # float[N,L,T], softmax rows over all keys
     target: Tensor,    # bool[N,T]
     spread: float,     # share of the second term
-) -> tuple[Tensor, Tensor]: # loss, mean mass
-    "Minus log of the mass on the target, and the cross-entropy with an even spread over it."
+) -> tuple[Tensor, Tensor]: # float[N] loss, float[N] mean mass
+    "Minus log of the mass on the target and the cross-entropy with an even spread over it, of each row."
     mass = (attention * target[:, None]).sum(-1)
     even = target.float() / target.sum(-1, keepdim=True).clamp(min=1)
     cross = -(even[:, None] * attention.clamp(min=1e-8).log()).sum(-1)
-    return (-(mass + 1e-6).log() * (1 - spread) + spread * cross).mean(), mass.mean().detach()
+    return (-(mass + 1e-6).log() * (1 - spread) + spread * cross).mean(-1), mass.mean(-1).detach()
 
 # %% ../../nbs/api/train_generator.ipynb #e5cc6661
 def per_owner(values: Tensor, owner: Tensor, n: int) -> Tensor: # scalar
@@ -104,7 +108,7 @@ def per_owner(values: Tensor, owner: Tensor, n: int) -> Tensor: # scalar
 
 # %% ../../nbs/api/train_generator.ipynb #d7f68cfe
 class GeneratorTrainee(nn.Module):
-    "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), pick int[B,n] of those whose masks are decoded."
+    "LENS-family training; `forward(batch, step)` with image uint8[B,H,W,3], part_map, part_object, part_attributes, rows bool[B,Q,256], questions (ids per picture and question), pick int[B,n] of those whose masks are decoded, looks (places per picture and question) and mentioned bool[B,K,256], what stands there."
     progress = 0.0
     def __init__(self, model: LensModel, sam: Sam2, prefix: list[int], settings: GeneratorTraining):
         super().__init__()
@@ -130,7 +134,7 @@ class GeneratorTrainee(nn.Module):
         B, Q, _ = rows.shape
         tokens, grid_hw = self._tokens(image)
         counts = token_counts(part_map, grid_hw)
-        out = self.model.packed(tokens, [self.prefix] * B, batch["questions"], batch.get("answers"), attention=bool(s.attention_weight))
+        out = self.model.packed(tokens, [self.prefix] * B, batch["questions"], batch.get("answers"), attention=bool(s.attention_weight), looks=batch["looks"] if s.mention_weight else None)
         total = out.prompt_embeds.sum() * 0
         if s.attribute_weight:
             loss, log["token_colour"] = self._attribute_loss(tokens, counts, batch["part_attributes"].to(device).long())
@@ -138,8 +142,15 @@ class GeneratorTrainee(nn.Module):
         if s.attention_weight:
             hit = target_tokens(counts, rows).flatten(0, 1)
             loss, mass = attention_losses(out.attention[:, s.attention_first:s.attention_last + 1].float(), hit, s.attention_spread)
-            total = total + s.attention_weight * loss
-            log |= {"attention": loss.detach(), "mass": mass, "pointer": hit.gather(1, out.attention[:, s.attention_last].argmax(-1, keepdim=True)).float().mean()}
+            total = total + s.attention_weight * loss.mean()
+            log |= {"attention": loss.mean().detach(), "mass": mass.mean(), "pointer": hit.gather(1, out.attention[:, s.attention_last].argmax(-1, keepdim=True)).float().mean()}
+        if s.mention_weight:
+            named = batch["mentioned"].to(device)
+            real = named.any(-1)
+            loss, mass = attention_losses(out.looks[:, s.mention_first:s.mention_last + 1].float(), target_tokens(counts, named)[real], s.attention_spread)
+            owner = real.nonzero()[:, 0]
+            loss = per_owner(loss, owner, B); total = total + s.mention_weight * loss
+            log |= {"mentions": loss.detach(), "mentioned": per_owner(mass, owner, B)}
         masks = masks_of(rows, part_map)
         if s.align_weight:
             with torch.no_grad(): goal = region_tokens(self.sam, masks, self._grid(part_map.shape[1:])).flatten(0, 1)
@@ -216,7 +227,8 @@ def init_generator(model: LensModel, std: float = 0.05, seed: int = 0) -> LensMo
 # %% ../../nbs/api/train_generator.ipynb #fdc1bff8
 class QuestionBatches:
     "`batch_at` of `train.loop.fit` over a pack; reads the curriculum's share from `progress()`."
-    def __init__(self, pack: Pack, ask: Callable[[list[str]], list[tuple[list[int], list[int]]]], settings: GeneratorTraining, progress: Callable[[], float] = lambda: 1.0):
+    def __init__(self, pack: Pack, ask: Callable[[list[str]], list[tuple[list[int], list[int]]]], settings: GeneratorTraining, progress: Callable[[], float] = lambda: 1.0,
+                 ends: Callable[[list[str], list[list[int]]], list[np.ndarray]] | None = None):
         self.pack, self.settings, self.progress = pack, settings, progress
         asked = [k for k, qs in enumerate(pack.questions) if qs]
         if not asked: raise ValueError("no scene of the pack has a question")
@@ -226,6 +238,9 @@ class QuestionBatches:
         if len(prefixes := {tuple(p) for p, _ in cut.values()}) != 1: raise ValueError(f"the prompts of a pack must begin alike, there are {len(prefixes)} beginnings")
         self.prefix = list(prefixes.pop())
         self.suffix = {t: rest for t, (_, rest) in cut.items()}
+        if settings.mention_weight:
+            if ends is None or any("m" not in q for qs in pack.questions for q in qs): raise ValueError("mention_weight needs a pack that says what its questions name (m), and a tokenizer's places")
+            self.ends = dict(zip(texts, ends(texts, [self.suffix[t] for t in texts]), strict=True))
         self.scene = [k if qs else asked[k % len(asked)] for k, qs in enumerate(pack.questions)]  # another one stands in for a scene without questions
         self.groups = [self._by_category(qs) for qs in pack.questions]
 
@@ -239,16 +254,20 @@ class QuestionBatches:
         s, pack = self.settings, self.pack
         at = torch.tensor([self.scene[k] for k in pack.scenes(i, rank, world, s.batch_size, s.seed).tolist()])
         easy = s.warmup_share * max(0.1, 1 - 0.9 * self.progress() / max(s.warmup_until, 1e-6))
-        questions, rows, pick = [], torch.zeros(len(at), s.questions, 256, dtype=torch.bool), []
+        questions, rows, pick, looks, named = [], torch.zeros(len(at), s.questions, 256, dtype=torch.bool), [], [], []
         for b, scene in enumerate(at.tolist()):
             rng = np.random.default_rng((s.seed, i, scene))
             chosen = self._choose(scene, s.questions, easy, rng)
             questions.append([self.suffix[pack.questions[scene][j]["q"]] for j in chosen])
             for k, j in enumerate(chosen): rows[b, k, pack.questions[scene][j]["a"]] = True
             pick.append(rng.permutation(s.questions)[:s.mask_questions])
+            if s.mention_weight:
+                asked = [pack.questions[scene][j] for j in chosen]
+                looks.append([[int((self.ends[q["q"]] >= end).argmax()) for end, _ in q["m"]] for q in asked])
+                named.append([parts for q in asked for _, parts in q["m"]])
         where = at.to(pack.image.device)
         return dict(image=pack.image[where], part_map=pack.part_map[where], part_object=pack.part_object[where], part_attributes=pack.part_attributes[where],
-                    rows=rows, questions=questions, pick=torch.tensor(np.array(pick)))
+                    rows=rows, questions=questions, pick=torch.tensor(np.array(pick)), **(dict(looks=looks, mentioned=_rows_of(named)) if s.mention_weight else {}))
 
     def _choose(self, scene: int, n: int, easy: float, rng) -> list[int]:
         groups = self.groups[scene]
@@ -259,6 +278,13 @@ class QuestionBatches:
             left = [j for j in groups[c] if j not in out] or groups[c]  # repeats only where a scene has few questions
             out.append(left[rng.integers(len(left))])
         return out
+
+def _rows_of(named: list[list[list[int]]]) -> Tensor: # bool[B,K,256], empty rows where a picture has fewer
+    "Part indices as rows."
+    rows = torch.zeros(len(named), max(map(len, named)), 256, dtype=torch.bool)
+    for b, of in enumerate(named):
+        for k, parts in enumerate(of): rows[b, k, parts] = True
+    return rows
 
 # %% ../../nbs/api/train_generator.ipynb #5a25cff4
 @dataclass(frozen=True)
@@ -304,12 +330,22 @@ def prompts_of(generator: LensGenerator, texts: list[str], image_tokens: int) ->
     if not starts or any(found[i] != slow(texts[i]) for i in range(0, len(texts), step)): return [slow(t) for t in texts]
     return found
 
+def token_ends(generator: LensGenerator, texts: list[str], rests: list[list[int]]) -> list[np.ndarray]: # int[len(rest)] each
+    "For every token of the prompts' rests the character after its last one in the question, 0 in the template."
+    found = []
+    for t, rest, e in zip(texts, rests, generator.tokenizer.plain.encode_batch([t.strip() for t in texts], add_special_tokens=False), strict=True):
+        start = next((i for i in range(len(rest) - len(e.ids) + 1) if rest[i:i + len(e.ids)] == e.ids), None)
+        if start is None: raise ValueError(f"the prompt of {t!r} does not hold its tokens in one piece")
+        found.append(np.zeros(len(rest), np.int16)); found[-1][start:start + len(e.ids)] = [b for _, b in e.offsets]
+        found[-1] += len(t) - len(t.lstrip())
+    return found
+
 def trainee_of(generator: LensGenerator, pack: Pack, settings: GeneratorTraining) -> tuple[GeneratorTrainee, QuestionBatches]:
     "The module that `train.loop.fit` trains and the batches it reads."
     v = generator.model.config.vision_config
     H, W = pack.image.shape[1:3]
     tokens = (H // v.patch_size // v.spatial_merge_size) * (W // v.patch_size // v.spatial_merge_size)
-    batches = QuestionBatches(pack, lambda texts: prompts_of(generator, texts, tokens), settings)
+    batches = QuestionBatches(pack, lambda texts: prompts_of(generator, texts, tokens), settings, ends=lambda texts, rests: token_ends(generator, texts, rests))
     trainee = GeneratorTrainee(generator.model, generator.sam, batches.prefix, settings)
     batches.progress = lambda: trainee.progress
     return trainee, batches

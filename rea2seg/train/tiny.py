@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'PackSettings', 'make_packs', 'make_validation', 'save_sam', 'read_sam', 'measure_sam', 'train_sam', 'head_of',
-           'train_generator', 'main']
+           'deepen', 'train_generator', 'main']
 
 # %% ../../nbs/api/train_tiny.ipynb #fea46394
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints import load_strict, read_state
+from ..checkpoints import load_strict, read_state, write_folder
 from ..lens import LensGenerator
 from ..lens_files import save_generator
 from ..sam import load_sam2
@@ -122,6 +124,33 @@ def head_of(start: str | Path | None) -> Path | None:
     if not head.is_file(): print(f"there is no {head}: the attribute head starts anew"); return None
     return head
 
+# %% ../../nbs/api/train_tiny.ipynb #162ba227
+_layer, _silent = re.compile(r"model\.layers\.(\d+)\.(.+)"), ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+def deepen(
+    folder: str | Path,     # of a generator
+    out: str | Path,        # of the deeper one
+    copies: Sequence[int],  # layers that are copied, counted from 0; the copies stand before the first of them
+) -> Path:
+    "A generator with copied layers that do nothing yet: it answers as before."
+    folder, state, deep = Path(folder), read_state(Path(folder)), {}
+    config = json.loads((folder / "config.json").read_text())
+    depth, at = config["num_hidden_layers"], min(copies, default=-1)
+    if at < 0 or max(copies) >= depth: raise ValueError(f"copies must be layers of 0 to {depth - 1}, got {list(copies)}")
+    for name, value in state.items():
+        if not (m := _layer.fullmatch(name)): deep[name] = value; continue
+        i, rest = int(m[1]), m[2]
+        deep[f"model.layers.{i + len(copies) * (i >= at)}.{rest}"] = value
+        for k, c in enumerate(copies):
+            if c == i: deep[f"model.layers.{at + k}.{rest}"] = torch.zeros_like(value) if rest in _silent else value.clone()
+    config |= {"num_hidden_layers": depth + len(copies), "max_window_layers": depth + len(copies)}
+    def write(fresh: Path):
+        for other in folder.iterdir():
+            if other.is_file() and other.suffix != ".safetensors": (fresh / other.name).write_bytes(other.read_bytes())
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(deep, fresh / "model.safetensors", metadata={"format": "pt"})
+    return write_folder(out, write)
+
 # %% ../../nbs/api/train_tiny.ipynb #c945491c
 def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack | None = None, minutes: float | None = None, device: str = "cpu",
                     tracker: Tracker | None = None, generator: LensGenerator | None = None, head: str | Path | None = None, **changes) -> LensGenerator:
@@ -137,7 +166,7 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
     def validate(m, step):
         pictures = draw_answers(generator, examples) if tracker and tracker.run else []
         return {f"val_{k}": v for k, v in by_category(ground_pack(m, validation, ask, 64)).items()} | {"pictures": pictures}
-    fit(trainee, batches, s, Path(folder) / "run", validate=validate if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu",
+    fit(trainee, batches, s, Path(folder) / "run", _groups(trainee, s), validate=validate if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu",
         tracker=tracker)
     generator.model.eval()
     if not PartialState().is_main_process: return generator
@@ -150,17 +179,29 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
         print("small generator:", json.dumps(report))
     return generator
 
+def _groups(trainee, s: GeneratorTraining) -> list[dict] | None:
+    "The layers that find what is mentioned learn at a rate of their own."
+    if not s.mention_weight or s.mention_rate == 1: return None
+    named = [(n, p) for n, p in trainee.named_parameters() if p.requires_grad]
+    inner = lambda n: (m := _layer.search(n)) is not None and s.mention_first <= int(m[1]) <= s.mention_last
+    return [dict(params=[p for n, p in named if inner(n) == faster], lr=s.learning_rate * (s.mention_rate if faster else 1)) for faster in (False, True)]
+
 # %% ../../nbs/api/train_tiny.ipynb #7fa799dc
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.tiny STEP`."
     p = argparse.ArgumentParser(prog="rea2seg.train.tiny", description=main.__doc__)
-    p.add_argument("step", choices=("pack", "validation", "sam", "generator"))
-    p.add_argument("--pack", action="append", required=True, help="folder of a pack; may be repeated for training")
+    p.add_argument("step", choices=("pack", "validation", "sam", "deepen", "generator"))
+    p.add_argument("--pack", action="append", help="folder of a pack; may be repeated for training")
     p.add_argument("--validation"); p.add_argument("--out", default="runs/tiny"); p.add_argument("--sam", help="folder of a trained SAM")
     p.add_argument("--start", help="weights to continue from, with a fresh schedule")
     p.add_argument("--minutes", type=float); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--workers", type=int, default=2)
     p.add_argument("--scenes", type=int); p.add_argument("--first", type=int, default=0); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    p.add_argument("--copies", type=int, nargs="+", help="layers that deepen copies")
     a = p.parse_args(argv)
+    if a.step == "deepen":
+        if not a.start or not a.copies: p.error("deepen needs --start and --copies")
+        deepen(a.start, a.out, a.copies); return
+    if not a.pack: p.error(f"{a.step} needs --pack")
     changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
     if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
