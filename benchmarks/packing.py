@@ -40,7 +40,7 @@ def main():
     rng, B, Q = np.random.default_rng(0), a.pictures, a.questions
     texts = [[question(rng) for _ in range(Q)] for _ in range(B)]
     # what depends on the questions is timed; per-token attributes and SAM's masks cost the same either way
-    s = load_section(GeneratorTraining, "tiny.generator", attribute_weight=0.0, bce_weight=0.0, dice_weight=0.0)
+    s = load_section(GeneratorTraining, "tiny.generator", attribute_weight=0.0, mention_weight=0.0, bce_weight=0.0, dice_weight=0.0)
     generator = new_generator(new_sam(), [t for row in texts for t in row])
     v = generator.model.config.vision_config
     asked = dict(zip([t for r in texts for t in r], prompts_of(generator, [t for r in texts for t in r], (256 // v.patch_size) ** 2), strict=True))

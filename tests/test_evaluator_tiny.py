@@ -1,15 +1,18 @@
 "The embedded evaluator's own training: rows made of the tokens that scoring reads, eyes that learn, scores that fall into place."
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rea2seg.checkpoints import CheckpointError, resolve
 from rea2seg.evaluator_internvl import InternvlEvaluator
 from rea2seg.eyes import Eyes, EyesConfig
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, save_evaluator
+from rea2seg.lens_files import save_generator
 from rea2seg.settings import Settings, load_section
 from rea2seg.train.evaluator_tiny import EvaluatorShape, OverlayBatches, Pool, PromptedPool, evaluator_from, overlaps, pool_of, question_masks
 from rea2seg.train.generator import patchify
@@ -72,7 +75,7 @@ def test_it_sees_as_the_generator(generator, loaded, pack):
 
 
 def test_another_shape_is_refused(generator):
-    with pytest.raises(ValueError, match="text_layers is 99, the generator has 8"): evaluator_from(generator, EvaluatorShape(99, 8192))
+    with pytest.raises(ValueError, match="text_layers is 99, the generator has"): evaluator_from(generator, EvaluatorShape(99, 8192))
     with pytest.raises(ValueError, match="opens with"): evaluator_from(generator, prompt="full")
 
 
@@ -133,23 +136,42 @@ def test_scores_fall_into_place(loaded, pack, pool, tmp_path):
     assert torch.allclose(a, b, atol=0.03) and len(a) == 7  # bfloat16 on disk
 
 
-def test_the_tower_can_stay_with_the_generator(generator, loaded, pack, tmp_path):
+def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path):
     home = tmp_path / "weights"
     shutil.copytree(resolve("embedded:generator"), home / "generator")
-    with torch.no_grad(): loaded.model.lm_head.weight[3] += 0.5
-    save_evaluator(loaded, home / "evaluator", torch.bfloat16, eyes="../generator")
+    kept, layers = load_section(OverlayTraining, "tiny.evaluator").frozen_layers, loaded.model.model.language_model.layers
+    with torch.no_grad():
+        loaded.model.lm_head.weight[3] += 0.5
+        for layer in layers[kept:]: layer.mlp.up_proj.weight += 0.1
+    save_evaluator(loaded, home / "evaluator", torch.bfloat16, shares="../generator")
+    note = json.loads((home / "evaluator" / "rea2seg.json").read_text())["shares"]
+    assert note["names"] == sorted([*(f"model.language_model.layers.{k}." for k in range(kept)), "model.vision_tower.tower."])
     whole = save_evaluator(loaded, home / "whole", torch.bfloat16)
     a, b = load_internvl(home / "evaluator"), load_internvl(whole)
     assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
     size = lambda folder: sum(f.stat().st_size for f in folder.iterdir())
-    assert size(home / "evaluator") < 13.5e6 < size(whole) and size(home / "evaluator") + size(home / "generator") < 45e6
-    with torch.no_grad(): loaded.model.model.vision_tower.tower.blocks[0].attn.proj.weight += 0.1
-    with pytest.raises(CheckpointError, match="tower is not that of"): save_evaluator(loaded, home / "evaluator", torch.bfloat16, eyes="../generator")
-    assert torch.equal(load_internvl(home / "evaluator").model.lm_head.weight, a.model.lm_head.weight)  # the former one is whole
-    shutil.move(home / "generator", home / "away")
-    with pytest.raises(CheckpointError, match="sees with the tower of .*generator, which is not there"): load_internvl(home / "evaluator")
-    (whole / "rea2seg.json").write_text('{"eyes": "../away"}')
-    with pytest.raises(CheckpointError, match="yet it has"): load_internvl(whole)
+    shared = sum(p.numel() for m in (loaded.model.model.vision_tower.tower, *layers[:kept]) for p in m.parameters())
+    assert abs(size(whole) - size(home / "evaluator") - 2 * shared) < 2e4 and size(home / "evaluator") + size(home / "generator") < 45e6
+
+    (whole / "rea2seg.json").write_text(json.dumps({"shares": note}))
+    with pytest.raises(CheckpointError, match="yet it has them"): load_internvl(whole)
+    other = load_generator(home / "generator")
+    with torch.no_grad(): other.model.visual.blocks[0].attn.proj.weight += 0.1
+    save_generator(other, home / "generator")
+    with pytest.raises(CheckpointError, match="was trained with another generator than .*generator"): load_internvl(home / "evaluator")
+    for f in (home / "generator").glob("*.safetensors"): f.unlink()
+    save_file({"model.norm.weight": torch.ones(4)}, home / "generator" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has neither a vision tower .* nor layers"): load_internvl(home / "evaluator")
+    shutil.rmtree(home / "generator")
+    with pytest.raises(CheckpointError, match="shares weights with .*generator, which is not there"): load_internvl(home / "evaluator")
+
+
+def test_an_evaluator_that_kept_nothing_shares_nothing(loaded, tmp_path):
+    shutil.copytree(resolve("embedded:generator"), tmp_path / "generator")
+    with torch.no_grad():
+        for p in loaded.model.parameters(): p += 0.1
+    with pytest.raises(CheckpointError, match="neither the tower nor a layer of the evaluator is that of"): save_evaluator(loaded, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
+    assert not (tmp_path / "evaluator").exists()
 
 
 def test_a_template_without_a_photo_draws_on_it(loaded):

@@ -27,13 +27,14 @@ from rea2seg.train.families import SampleTrainee, choose_weights, measure_sample
 from rea2seg.train.generator import GeneratorShape, GeneratorTrainee, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, trainee_of
 from rea2seg.train.pack import Pack
 from rea2seg.train.samples import Mixture, SampleTraining, open_sources
-from rea2seg.train.tiny import HEAD
+from rea2seg.train.tiny import HEAD, deepen
+from rea2seg.train.tiny import main as tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {"lens": lens, "lisa": lisa}
 
 def packed_settings(**changes) -> GeneratorTraining:
-    return load_section(GeneratorTraining, "tiny.generator", **{**dict(steps=4, batch_size=2, questions=5, mask_questions=5, attention_first=0, attention_last=1, precision="no", log_every=1), **changes})
+    return load_section(GeneratorTraining, "tiny.generator", **{**dict(steps=4, batch_size=2, questions=5, mask_questions=5, attention_first=0, attention_last=1, mention_first=0, mention_last=1, precision="no", log_every=1), **changes})
 
 @pytest.fixture(scope="module")
 def packs() -> Pack: return Pack.load(stack() / "train")
@@ -52,22 +53,26 @@ def test_packed_losses_are_those_of_one_sequence_each(packs):
     whole = batches(0, 0, 1)
     answers = [[trainee_answer(k) for k in range(5)] for _ in range(2)]
     loss, log = trainee(whole | {"answers": answers}, 0)
-    assert {"attention", "align", "mask", "text", "attributes", "mass", "prompt_spread"} <= log.keys()
+    assert {"attention", "mentions", "align", "mask", "text", "attributes", "mass", "prompt_spread"} <= log.keys()
+    assert any(len(at) > 1 for of in whole["looks"] for at in of) and any(not at for of in whole["looks"] for at in of), "several mentions and none"
     loss.backward()
     gradient = {n: p.grad.clone() for n, p in trainee.named_parameters() if p.grad is not None}
     trainee.zero_grad()
     alone, n = {}, 0
     for b in range(2):
         for k in range(5):
-            one = {key: v[b:b + 1] for key, v in whole.items() if isinstance(v, torch.Tensor)} | dict(rows=whole["rows"][b:b + 1, k:k + 1], questions=[[whole["questions"][b][k]]], pick=torch.zeros(1, 1, dtype=torch.long))
+            before, here = sum(map(len, whole["looks"][b][:k])), len(whole["looks"][b][k])
+            one = {key: v[b:b + 1] for key, v in whole.items() if isinstance(v, torch.Tensor)} | dict(looks=[[whole["looks"][b][k]]], mentioned=whole["mentioned"][b:b + 1, before:before + here], rows=whole["rows"][b:b + 1, k:k + 1], questions=[[whole["questions"][b][k]]], pick=torch.zeros(1, 1, dtype=torch.long))
             single, parts = trainee(one | {"answers": [[answers[b][k]]]}, 0)
             (single / 10).backward(); n += 1
             for key, v in (parts | {"loss": single.detach()}).items(): alone[key] = alone.get(key, 0.0) + float(v) / 10
-    for key in ("attention", "align", "mask", "text", "attributes", "mass"): assert float(log[key]) == pytest.approx(alone[key], abs=1e-4), key
+    for key in ("attention", "mentions", "align", "mask", "text", "attributes", "mass"): assert float(log[key]) == pytest.approx(alone[key], abs=1e-4), key
     assert loss.item() == pytest.approx(alone["loss"], abs=1e-4 * max(1, abs(loss.item())))
     assert n == 10 and gradient
     for name, p in trainee.named_parameters():
         if name in gradient: assert (gradient[name] - p.grad).abs().max() <= 1e-4 * max(1.0, float(p.grad.abs().max())), name
+
+def trainee_words(packs): return new_generator(Sam2.random(SAM2), sorted({q["q"] for qs in packs.questions for q in qs}), GeneratorShape(**{**SHAPE, "image_size": 256, "context": 1024})).tokenizer.plain
 
 def trainee_answer(k: int) -> list[int]: return [5 + k, 6, 7 + k % 2]
 
@@ -119,6 +124,58 @@ def test_batches_are_shared_out_without_loss(packs):
     whole, parts = batches(3, 0, 1), [batches(3, r, 2) for r in (0, 1)]
     assert [q for part in parts for q in part["questions"]] == whole["questions"]
     for key in ("rows", "pick", "part_map"): assert torch.equal(torch.cat([p[key] for p in parts]), whole[key])
+
+def test_phrases_are_taught_where_they_end(packs):
+    trainee, batches = packed_trainee(packs)
+    batch, words = batches(0, 0, 1), trainee_words(packs)
+    for b, (questions, looks) in enumerate(zip(batch["questions"], batch["looks"], strict=True)):
+        scene = next(k for k in range(len(packs)) if torch.equal(packs.image[k], batch["image"][b]))
+        named = [(q, end, parts) for rest in questions for q in packs.questions[scene] if batches.suffix[q["q"]] == rest for end, parts in q["m"]]
+        assert sum(map(len, looks)) == len(named) == int(batch["mentioned"][b].any(-1).sum())
+        found = [(rest, place) for rest, places in zip(questions, looks, strict=True) for place in places]
+        for (rest, place), (q, end, parts), row in zip(found, named, batch["mentioned"][b]):
+            assert row.nonzero()[:, 0].tolist() == sorted(parts)
+            said = words.decode(rest[:place + 1])
+            assert said.endswith(q["q"][:end].split()[-1]), (said, q["q"][:end])
+
+def test_mentions_need_a_pack_that_tells_them(packs):
+    old = replace(packs, questions=[[{k: v for k, v in q.items() if k != "m"} for q in qs] for qs in packs.questions])
+    with pytest.raises(ValueError, match="needs a pack that says what its questions name"): packed_trainee(old)
+    trainee, batches = packed_trainee(old, mention_weight=0.0)
+    assert "looks" not in batches(0, 0, 1) and "mentions" not in trainee(batches(0, 0, 1), 0)[1]
+    silent = replace(packs, questions=[[q | {"m": []} for q in qs] for qs in packs.questions])
+    trainee, batches = packed_trainee(silent)
+    assert "mentions" not in trainee(batches(0, 0, 1), 0)[1]
+
+def test_mention_loss_moves_looks(packs):
+    trainee, batches = packed_trainee(packs, attention_weight=0.0, align_weight=0.0, attribute_weight=0.0, bce_weight=0.0, dice_weight=0.0)
+    batch, optimizer, seen = batches(0, 0, 1), torch.optim.AdamW(trainee.parameters(), lr=2e-3), []
+    for _ in range(12):
+        loss, log = trainee(batch, 0)
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); seen.append(float(log["mentioned"]))
+    assert seen[-1] > 2 * seen[0], seen
+
+@pytest.mark.parametrize("copies", [(4, 5), (0,), (9, 2)], ids=str)
+def test_a_deeper_generator_answers_as_before(packs, tmp_path, copies):
+    start = stack() / "one" / "generator"
+    before, after = load_generator(start), load_generator(deepen(start, tmp_path / "deep", copies))
+    depth = before.config["num_hidden_layers"]
+    assert after.config["num_hidden_layers"] == depth + len(copies)
+    image, question, _ = pack_examples(packs, 1)[0]
+    a, b = before.ground(image, question), after.ground(image, question)
+    assert torch.equal(a.prompt_embed, b.prompt_embed)
+    kept = [i for i in range(depth + len(copies)) if not min(copies) <= i < min(copies) + len(copies)]
+    x, y = a.attention_layers, b.attention_layers
+    assert torch.equal(x, y[kept]) and torch.equal(y[min(copies)], x[min(copies)]) == (copies[0] == min(copies))
+
+def test_deepening_refuses_layers_that_are_not_there(tmp_path, capsys):
+    start, depth = stack() / "one" / "generator", load_generator(stack() / "one" / "generator").config["num_hidden_layers"]
+    for copies in ((), (depth,), (-1, 2)):
+        with pytest.raises(ValueError, match=f"copies must be layers of 0 to {depth - 1}"): deepen(start, tmp_path / "out", copies)
+    assert not (tmp_path / "out").exists()
+    for command, says in ((["deepen", "--copies", "1"], "deepen needs --start and --copies"), (["generator"], "generator needs --pack")):
+        with pytest.raises(SystemExit): tiny(command)
+        assert says in capsys.readouterr().err
 
 def test_packs_without_masks_or_questions_are_refused(packs):
     ask = lambda texts: [([1], [2])] * len(texts)

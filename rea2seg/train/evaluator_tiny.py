@@ -200,11 +200,11 @@ class OverlayBatches:
             take(own[v < 0.1])
         while len(chosen) < min(s.masks, len(masks)): take(np.arange(len(masks)))
         best = ious[chosen].max(0).values.numpy()
-        mined = asked[:2].tolist()                                # for which these masks were found: what the generator takes for the answer
-        fits, rest = ([k for k in rng.permutation(np.flatnonzero(at)).tolist() if k not in mined] for at in (best >= 0.5, best < 0.5))
-        free = s.questions - len(mined)
+        found = asked[:2].tolist()                                # for which these masks were found: what the generator takes for the answer
+        fits, rest = ([k for k in rng.permutation(np.flatnonzero(at)).tolist() if k not in found] for at in (best >= 0.5, best < 0.5))
+        free = s.questions - len(found)
         half = min(len(fits), max(free * 3 // 4, free - len(rest)))
-        qs = (mined + fits[:half] + rest)[:s.questions]
+        qs = (found + fits[:half] + rest)[:s.questions]
         step.singles(self.pack, scene, masks[chosen], qs, ious[chosen][:, qs], cover[chosen][:, qs])
 
     def _groups(self, step: "_Step", scene: int, rng):

@@ -134,7 +134,8 @@ class GeneratorTrainee(nn.Module):
         B, Q, _ = rows.shape
         tokens, grid_hw = self._tokens(image)
         counts = token_counts(part_map, grid_hw)
-        out = self.model.packed(tokens, [self.prefix] * B, batch["questions"], batch.get("answers"), attention=bool(s.attention_weight), looks=batch["looks"] if s.mention_weight else None)
+        looks = batch["looks"] if s.mention_weight and batch["mentioned"].any() else None
+        out = self.model.packed(tokens, [self.prefix] * B, batch["questions"], batch.get("answers"), attention=bool(s.attention_weight), looks=looks)
         total = out.prompt_embeds.sum() * 0
         if s.attribute_weight:
             loss, log["token_colour"] = self._attribute_loss(tokens, counts, batch["part_attributes"].to(device).long())
@@ -144,13 +145,12 @@ class GeneratorTrainee(nn.Module):
             loss, mass = attention_losses(out.attention[:, s.attention_first:s.attention_last + 1].float(), hit, s.attention_spread)
             total = total + s.attention_weight * loss.mean()
             log |= {"attention": loss.mean().detach(), "mass": mass.mean(), "pointer": hit.gather(1, out.attention[:, s.attention_last].argmax(-1, keepdim=True)).float().mean()}
-        if s.mention_weight:
+        if looks is not None:
             named = batch["mentioned"].to(device)
-            real = named.any(-1)
-            loss, mass = attention_losses(out.looks[:, s.mention_first:s.mention_last + 1].float(), target_tokens(counts, named)[real], s.attention_spread)
-            owner = real.nonzero()[:, 0]
-            loss = per_owner(loss, owner, B); total = total + s.mention_weight * loss
-            log |= {"mentions": loss.detach(), "mentioned": per_owner(mass, owner, B)}
+            loss, mass = attention_losses(out.looks[:, s.mention_first:s.mention_last + 1].float(), target_tokens(counts, named)[named.any(-1)], s.attention_spread)
+            owner = torch.repeat_interleave(torch.arange(B * Q, device=device), torch.tensor([len(at) for of in looks for at in of], device=device))
+            loss = per_owner(loss, owner, B * Q); total = total + s.mention_weight * loss
+            log |= {"mentions": loss.detach(), "mentioned": mass.mean()}
         masks = masks_of(rows, part_map)
         if s.align_weight:
             with torch.no_grad(): goal = region_tokens(self.sam, masks, self._grid(part_map.shape[1:])).flatten(0, 1)
