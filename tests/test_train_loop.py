@@ -70,6 +70,33 @@ def test_a_killed_run_continues_on_the_same_curve(children, tmp_path):
     assert joined == whole
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.1
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_stopped_run_leaves_the_step_it_was_in(tmp_path, number, capfd):
+    "Between two checkpoints, in the first of a step's two micro-steps; nothing is validated on the way out."
+    before = signal.getsignal(number)
+    def stopped(i, rank, world):
+        if i == 2 * 13: signal.raise_signal(number)
+        return draws(i, rank, world)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 14 of 30; the same call goes on from .*step-0000014"): run(tmp_path / "a", stopped, validate=lambda m, step: pytest.fail("validated") if step == 14 else {})
+    assert signal.getsignal(number) is before and "stopping after this step" in capfd.readouterr().err
+    run(tmp_path / "a"); run(tmp_path / "b")
+    log = lambda name: [{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in (tmp_path / name / "log.jsonl").read_text().splitlines() if "loss" in l]
+    assert log("a") == log("b") and len(log("a")) == 30
+
+def test_the_second_signal_stops_at_once(tmp_path):
+    def stopped(i, rank, world):
+        if i == 26: signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+        return draws(i, rank, world)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path, stopped)
+    assert latest_checkpoint(tmp_path).name == "step-0000010" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+def test_all_processes_stop_together(tmp_path):
+    "One of two processes gets the signal; both leave, and the checkpoint is whole."
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run([*launch, str(HERE / "training_models.py"), str(tmp_path), json.dumps(LONG), "stopped"], env=ENV, cwd=HERE, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and done.stderr.count("KeyboardInterrupt: stopped at step 2 of 60") == 2, done.stderr[-3000:]
+    assert latest_checkpoint(tmp_path / "run").name == "step-0000002"
+
 def test_two_processes_have_the_loss_of_one(children, tmp_path):
     train(str(tmp_path), **SHORT)
     assert sorted(p.name for p in (children / "both").glob("process-*")) == ["process-0-of-2", "process-1-of-2"]

@@ -2,6 +2,7 @@
 import atexit
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from functools import cache
@@ -51,9 +52,9 @@ def curve(folder: Path) -> list[dict]:
     "The losses of a run's log."
     return [{k: v for k, v in r.items() if k not in ("seconds", "val_giou")} for r in map(json.loads, (Path(folder) / "run" / "log.jsonl").read_text().splitlines()) if "loss" in r]
 
-def train(folder: str, **changes) -> list[dict]:
+def train(folder: str, mixture: type[Mixture] = Mixture, **changes) -> list[dict]:
     s = settings(**changes)
-    return train_samples(lens(), Mixture({"referring": squares(11)}, s.weights), folder, s, progress=False)
+    return train_samples(lens(), mixture({"referring": squares(11)}, s.weights), folder, s, progress=False)
 
 @cache
 def stack() -> Path:
@@ -71,7 +72,13 @@ def stack() -> Path:
     main(["generator", *data[:2], *base, "--start", f"{folder}/one/generator", "--out", f"{folder}/two", *own, *choose(steps=1, mask_from=1.5)])
     return folder
 
+class StoppedMixture(Mixture):
+    "Data whose sixth sample brings a signal to stop."
+    def __getitem__(self, k: int):
+        if k == 5: signal.raise_signal(signal.SIGTERM)
+        return super().__getitem__(k)
+
 if __name__ == "__main__":
-    train(sys.argv[1], **json.loads(sys.argv[2]))
+    train(sys.argv[1], StoppedMixture if "stopped" in sys.argv[3:] else Mixture, **json.loads(sys.argv[2]))
     state = PartialState()
     (Path(sys.argv[1]) / f"process-{state.process_index}-of-{state.num_processes}").touch()
