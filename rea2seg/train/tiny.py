@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'PackSettings', 'make_packs', 'make_validation', 'save_sam', 'read_sam', 'measure_sam', 'train_sam', 'head_of',
-           'deepen', 'train_generator', 'main']
+           'deepen', 'train_generator', 'measure_generator', 'main']
 
 # %% ../../nbs/api/train_tiny.ipynb #fea46394
 import argparse
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints import load_strict, read_state, write_folder
+from ..generators import load_generator
 from ..lens import LensGenerator
 from ..lens_files import save_generator
 from ..sam import load_sam2
@@ -173,11 +174,17 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
     save_generator(generator, Path(folder) / "generator")
     if trainee.attributes is not None: save_file({k: v.detach().cpu().contiguous() for k, v in trainee.attributes.state_dict().items()}, Path(folder) / HEAD)
     if validation is not None:
-        rows = ground_pack(trainee, validation, ask)
-        report = {"iou": by_category(rows), "mass_ratio": by_category(rows, "mass_ratio"), "questions": len(rows)}
+        report = _report(ground_pack(trainee, validation, ask))
         (Path(folder) / "generator.report.json").write_text(json.dumps(report, indent=1))
         print("small generator:", json.dumps(report))
     return generator
+
+def _report(rows: list[dict]) -> dict: return {"iou": by_category(rows), "mass_ratio": by_category(rows, "mass_ratio"), "questions": len(rows)}
+
+def measure_generator(generator: LensGenerator, validation: Pack, **changes) -> dict:
+    "Initial masks and attention on a held-out pack, by category: what a training reports at its end."
+    trainee, batches = trainee_of(generator, validation, load_section(GeneratorTraining, "tiny.generator", **({"attribute_weight": 0.0, "mention_weight": 0.0} | changes)))
+    return _report(ground_pack(trainee.eval(), validation, lambda q: batches.suffix[q]))
 
 def _groups(trainee, s: GeneratorTraining) -> list[dict] | None:
     "The layers that find what is mentioned learn at a rate of their own."
@@ -190,7 +197,7 @@ def _groups(trainee, s: GeneratorTraining) -> list[dict] | None:
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.tiny STEP`."
     p = argparse.ArgumentParser(prog="rea2seg.train.tiny", description=main.__doc__)
-    p.add_argument("step", choices=("pack", "validation", "sam", "deepen", "generator"))
+    p.add_argument("step", choices=("pack", "validation", "sam", "deepen", "generator", "measure"))
     p.add_argument("--pack", action="append", help="folder of a pack; may be repeated for training")
     p.add_argument("--validation"); p.add_argument("--out", default="runs/tiny"); p.add_argument("--sam", help="folder of a trained SAM")
     p.add_argument("--start", help="weights to continue from, with a fresh schedule")
@@ -198,11 +205,14 @@ def main(argv: list[str] | None = None):
     p.add_argument("--scenes", type=int); p.add_argument("--first", type=int, default=0); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("--copies", type=int, nargs="+", help="layers that deepen copies")
     a = p.parse_args(argv)
+    changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
     if a.step == "deepen":
         if not a.start or not a.copies: p.error("deepen needs --start and --copies")
         deepen(a.start, a.out, a.copies); return
+    if a.step == "measure":
+        if not a.start or not a.validation: p.error("measure needs --start and --validation")
+        print(json.dumps(measure_generator(load_generator(a.start, device=a.device), Pack.load(a.validation, a.scenes, a.device), **changes))); return
     if not a.pack: p.error(f"{a.step} needs --pack")
-    changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
     if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
     torch.set_float32_matmul_precision("high")
@@ -211,7 +221,6 @@ def main(argv: list[str] | None = None):
     tracker = Tracker(name=f"tiny-{a.step}", config=vars(a), folder=Path(a.out))
     if a.step == "sam": train_sam(pack, a.out, validation, a.minutes, a.device, tracker, a.start, **changes)
     else:
-        from rea2seg.generators import load_generator
         start = load_generator(a.start, sam=read_sam(a.sam) if a.sam else None) if a.start else None
         train_generator(pack, start.sam if start else read_sam(a.sam), a.out, validation, a.minutes, a.device, tracker, start, head_of(a.start), **changes)
     tracker.finish()
