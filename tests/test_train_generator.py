@@ -111,6 +111,15 @@ def test_the_result_opens_as_a_released_checkpoint(packs):
     assert report["questions"] > 10 and 0 <= report["iou"]["overall"] <= 1
     assert len(draw_answers(generator, pack_examples(packs, 2))) == 2
 
+def test_what_was_trained_can_be_measured_again(capsys):
+    report = json.loads((stack() / "one" / "generator.report.json").read_text())
+    tiny(["measure", "--start", str(stack() / "one" / "generator"), "--validation", str(stack() / "val"), "--device", "cpu"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["questions"] == report["questions"] and again["iou"].keys() == report["iou"].keys() and {"geometric/attribute"} <= again["subtypes"].keys()
+    assert all(again["iou"][k] == pytest.approx(v, abs=0.02) for k, v in report["iou"].items())  # weights on disk are bfloat16
+    with pytest.raises(SystemExit): tiny(["measure", "--start", "embedded:generator"])
+    assert "measure needs --start and --validation" in capsys.readouterr().err
+
 def test_training_goes_on_with_the_same_attribute_head():
     one, two = (load_file(stack() / name / HEAD) for name in ("one", "two"))
     assert one["weight"].shape == two["weight"].shape
