@@ -288,7 +288,7 @@ def test_unknown_names_and_values(options, says):
 
 @pytest.mark.parametrize("options, says", [(["--profile", "lense"], r"no section \[lense\]"), (["--dtype", "float8"], "dtype must be one of"), (["--device", "gpu"], "no device is called 'gpu'"),
     (["--set", "group=3"], "no setting is called group"), (["--set", "group_size=three"], "group_size"), (["--set", "group_size"], "NAME=VALUE"), (["--set", "predicted_iou=2"], r"must lie in \[0, 1\]"),
-    (["--set", "last_layer=99"], "model with . layers"), (["--evaluator", "embedded:none"], "no weights called 'none'"), (["--evaluator", "oracle"], "ground_truth")], ids=str)
+    (["--set", "last_layer=99"], "model with 10 layers"), (["--evaluator", "embedded:none"], "no weights called 'none'"), (["--evaluator", "oracle"], "ground_truth")], ids=str)
 def test_unknown_names_on_the_command_line(photo, tmp_path, capsys, options, says):
     refused(capsys, says, "segment", photo, "the red cube", "--evaluator", "attention", "--out", tmp_path / "out", *options, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

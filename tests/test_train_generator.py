@@ -27,7 +27,7 @@ from rea2seg.train.families import SampleTrainee, choose_weights, measure_sample
 from rea2seg.train.generator import GeneratorShape, GeneratorTrainee, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, trainee_of
 from rea2seg.train.pack import Pack
 from rea2seg.train.samples import Mixture, SampleTraining, open_sources
-from rea2seg.train.tiny import HEAD, deepen
+from rea2seg.train.tiny import HEAD, deepen, optimizer_groups
 from rea2seg.train.tiny import main as tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +163,14 @@ def test_mention_loss_moves_looks(packs):
         loss, log = trainee(batch, 0)
         optimizer.zero_grad(); loss.backward(); optimizer.step(); seen.append(float(log["mentioned"]))
     assert seen[-1] > 2 * seen[0], seen
+
+def test_layers_that_find_what_is_mentioned_learn_faster(packs):
+    trainee, _ = packed_trainee(packs, mention_first=1, mention_last=1, mention_rate=3.0)
+    slow, fast = optimizer_groups(trainee, trainee.settings)
+    names = {id(p): n for n, p in trainee.named_parameters()}
+    assert fast["lr"] == pytest.approx(3 * slow["lr"]) and {names[id(p)].split("layers.")[1].split(".")[0] for p in fast["params"]} == {"1"} and len(fast["params"]) == 12
+    assert len(slow["params"]) + len(fast["params"]) == len(names)
+    assert optimizer_groups(trainee, replace(trainee.settings, mention_weight=0.0)) is None
 
 @pytest.mark.parametrize("copies", [(4, 5), (0,), (9, 2)], ids=str)
 def test_a_deeper_generator_answers_as_before(packs, tmp_path, copies):

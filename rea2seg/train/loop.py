@@ -135,9 +135,6 @@ def fit(
     time_schedule: bool = False,      # let `minutes` drive the decay instead of `steps`: what fits is trained, and the rate still ends at zero
 ) -> list[dict]: # the log
     "Train with AdamW until `settings.steps`; continues from the newest checkpoint in `folder`. A signal to stop leaves a checkpoint of the step it came in, then KeyboardInterrupt."
-    with stop_signals() as signals: return _fit(model, batch_at, settings, folder, groups, validate, tracker, stop_after, minutes, cpu, progress, time_schedule, signals)
-
-def _fit(model, batch_at, settings, folder, groups, validate, tracker, stop_after, minutes, cpu, progress, time_schedule, signals) -> list[dict]:
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     accelerator = Accelerator(gradient_accumulation_steps=settings.accumulation, mixed_precision=settings.precision, cpu=cpu,
@@ -163,47 +160,48 @@ def _fit(model, batch_at, settings, folder, groups, validate, tracker, stop_afte
     history, model_ = [], accelerator.unwrap_model(model)
     model.train()
     norm = torch.tensor(0.0)
-    while step < settings.steps:
-        totals: dict[str, float] = {}
-        done = progress_of(step)
-        factor = linear_schedule(step, settings.warmup_steps, settings.steps)
-        if done > step: factor = min(factor, linear_schedule(done, 0, settings.steps))  # the clock is ahead
-        for g, rate in zip(optimizer.param_groups, rates, strict=True): g["lr"] = rate * factor
-        for micro in range(settings.accumulation):
-            model_.progress = done / settings.steps
-            batch = batch_at(step * settings.accumulation + micro, rank, world)
-            with accelerator.accumulate(model):
-                loss, extra = model(batch, step)
-                _check_loss(loss, batch, folder, step, accelerator)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients: norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm)
-                optimizer.step(); optimizer.zero_grad()
-            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                for k, v in {"loss": loss, **extra}.items():
-                    totals[k] = totals.get(k, 0.0) + _mean(accelerator, v) / settings.accumulation
-        step += 1; bar.update()
-        if totals:
-            totals.update(step=step, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), seconds=time.perf_counter() - began)
-            history.append(totals); bar.set_postfix(loss=f"{totals['loss']:.3f}")
-            if accelerator.is_main_process:
-                with log_path.open("a") as f: f.write(json.dumps({k: _round(v) for k, v in totals.items()}) + "\n")
-                if tracker: tracker.log(totals, step)
-        out_of_time = minutes is not None and (time.perf_counter() - start_time) / 60 >= minutes
-        stop = step == settings.steps or out_of_time or (stop_after is not None and step - first >= stop_after)
-        halt = bool(signals)
-        if world > 1: stop, halt = _mean(accelerator, float(stop)) > 0, _mean(accelerator, float(halt)) > 0
-        stop = stop or halt
-        if stop or step % settings.save_every == 0:
-            save_checkpoint(accelerator, folder, step)
-            if validate and accelerator.is_main_process and not halt:
-                model_.eval()
-                with torch.no_grad(): found = dict(validate(model_, step))
-                model_.train()
-                figures = found.pop("pictures", [])
-                with log_path.open("a") as f: f.write(json.dumps({"step": step, **{k: _round(v) for k, v in found.items()}}) + "\n")
-                if tracker: tracker.log(found, step); tracker.images("val_pictures", figures, step)
-        if halt: bar.close(); raise KeyboardInterrupt(f"stopped at step {step} of {settings.steps}; the same call goes on from {latest_checkpoint(folder)}")
-        if stop: break
+    with stop_signals() as signals:
+        while step < settings.steps:
+            totals: dict[str, float] = {}
+            done = progress_of(step)
+            factor = linear_schedule(step, settings.warmup_steps, settings.steps)
+            if done > step: factor = min(factor, linear_schedule(done, 0, settings.steps))  # the clock is ahead
+            for g, rate in zip(optimizer.param_groups, rates, strict=True): g["lr"] = rate * factor
+            for micro in range(settings.accumulation):
+                model_.progress = done / settings.steps
+                batch = batch_at(step * settings.accumulation + micro, rank, world)
+                with accelerator.accumulate(model):
+                    loss, extra = model(batch, step)
+                    _check_loss(loss, batch, folder, step, accelerator)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients: norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm)
+                    optimizer.step(); optimizer.zero_grad()
+                if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+                    for k, v in {"loss": loss, **extra}.items():
+                        totals[k] = totals.get(k, 0.0) + _mean(accelerator, v) / settings.accumulation
+            step += 1; bar.update()
+            if totals:
+                totals.update(step=step, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), seconds=time.perf_counter() - began)
+                history.append(totals); bar.set_postfix(loss=f"{totals['loss']:.3f}")
+                if accelerator.is_main_process:
+                    with log_path.open("a") as f: f.write(json.dumps({k: _round(v) for k, v in totals.items()}) + "\n")
+                    if tracker: tracker.log(totals, step)
+            out_of_time = minutes is not None and (time.perf_counter() - start_time) / 60 >= minutes
+            stop = step == settings.steps or out_of_time or (stop_after is not None and step - first >= stop_after)
+            halt = bool(signals)
+            if world > 1: stop, halt = _mean(accelerator, float(stop)) > 0, _mean(accelerator, float(halt)) > 0
+            stop = stop or halt
+            if stop or step % settings.save_every == 0:
+                save_checkpoint(accelerator, folder, step)
+                if validate and accelerator.is_main_process and not halt:
+                    model_.eval()
+                    with torch.no_grad(): found = dict(validate(model_, step))
+                    model_.train()
+                    figures = found.pop("pictures", [])
+                    with log_path.open("a") as f: f.write(json.dumps({"step": step, **{k: _round(v) for k, v in found.items()}}) + "\n")
+                    if tracker: tracker.log(found, step); tracker.images("val_pictures", figures, step)
+            if halt: bar.close(); raise KeyboardInterrupt(f"stopped at step {step} of {settings.steps}; the same call goes on from {latest_checkpoint(folder)}")
+            if stop: break
     bar.close()
     return history
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'PackSettings', 'make_packs', 'make_validation', 'save_sam', 'read_sam', 'measure_sam', 'train_sam', 'head_of',
-           'deepen', 'train_generator', 'measure_generator', 'main']
+           'deepen', 'train_generator', 'measure_generator', 'optimizer_groups', 'main']
 
 # %% ../../nbs/api/train_tiny.ipynb #fea46394
 import argparse
@@ -26,7 +26,7 @@ from ..lens_files import save_generator
 from ..sam import load_sam2
 from ..sam2_model import Sam2
 from ..settings import load_section, parse_changes
-from .generator import GeneratorTraining, by_category, draw_answers, ground_pack, new_generator, pack_examples, trainee_of
+from .generator import GeneratorTrainee, GeneratorTraining, by_category, draw_answers, ground_pack, new_generator, pack_examples, trainee_of
 from .loop import Tracker, fit
 from .pack import Pack, build_pack, sam_batches
 from .sam import SamTrainee, SamTraining, masks_of, new_sam, object_rows, one_hot_rows, part_pixels, sample_pixels, sam_pixels
@@ -167,7 +167,7 @@ def train_generator(pack: Pack, sam: Sam2, folder: str | Path, validation: Pack 
     def validate(m, step):
         pictures = draw_answers(generator, examples) if tracker and tracker.run else []
         return {f"val_{k}": v for k, v in by_category(ground_pack(m, validation, ask, 64)).items()} | {"pictures": pictures}
-    fit(trainee, batches, s, Path(folder) / "run", _groups(trainee, s), validate=validate if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu",
+    fit(trainee, batches, s, Path(folder) / "run", optimizer_groups(trainee, s), validate=validate if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu",
         tracker=tracker)
     generator.model.eval()
     if not PartialState().is_main_process: return generator
@@ -188,7 +188,7 @@ def measure_generator(generator: LensGenerator, validation: Pack, **changes) -> 
     trainee, batches = trainee_of(generator, validation, load_section(GeneratorTraining, "tiny.generator", **({"attribute_weight": 0.0, "mention_weight": 0.0} | changes)))
     return _report(ground_pack(trainee.eval(), validation, lambda q: batches.suffix[q]))
 
-def _groups(trainee, s: GeneratorTraining) -> list[dict] | None:
+def optimizer_groups(trainee: GeneratorTrainee, s: GeneratorTraining) -> list[dict] | None:
     "The layers that find what is mentioned learn at a rate of their own."
     if not s.mention_weight or s.mention_rate == 1: return None
     named = [(n, p) for n, p in trainee.named_parameters() if p.requires_grad]
