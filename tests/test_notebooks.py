@@ -2,9 +2,13 @@
 import ast
 import json
 import re
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 API, STUDY = sorted((ROOT / "nbs" / "api").glob("*.ipynb")), sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -96,3 +100,13 @@ def test_study_notebook(path):
 def test_study_notebooks_are_numbered_in_order():
     numbers = [int(p.name[:2]) for p in STUDY]
     assert len(set(numbers)) == len(numbers)
+
+def test_pinned_packages_run_on_the_oldest_python_we_name():
+    "Debian 12 has 3.11.2; a pin that wants 3.11.5 makes the one-command install fail there."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = project.removeprefix(">=") + ".0"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    installed = {canonicalize_name(d.metadata["Name"]): d for d in metadata.distributions()}
+    wants = {name: installed[canonicalize_name(name)].metadata["Requires-Python"] for name, version in pins.items()
+             if canonicalize_name(name) in installed and installed[canonicalize_name(name)].version == version}
+    assert len(wants) > 50 and not {n: w for n, w in wants.items() if w and oldest not in SpecifierSet(w)}
