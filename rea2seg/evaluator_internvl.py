@@ -9,7 +9,7 @@ __all__ = ['Rows', 'LineWriter', 'write_freely', 'InternvlOptions', 'GroupInputs
 import copy
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from .groups import GroupScorer, GroupScores, ViewStyle, draw_masks
 from .internvl import Internvl
+from .looks import Glance, Looking
 from .prompts import TEMPLATES, Encoder, opening, stages
 from .scoreline import SCORES, ScoreGrammar, ScoreTree, written
 from .settings import Settings, load_section
@@ -33,6 +34,8 @@ class Rows:
         self.next = torch.zeros(rows, dtype=torch.long, device=device)   # position of the next token
         self.logits: Tensor | None = None                                # float[B,V] after each row's last token
         self.read = 0                                                    # tokens, filling not counted
+        self.eyes, self.photo = model.model.vision_tower, None           # int[T], columns of the photo's tokens, where masks are looked through
+        self.covered: Tensor | None = None                               # float[B,T], the mask that each row was shown last
 
     @property
     def device(self): return self.mask.device
@@ -43,10 +46,14 @@ class Rows:
         new.cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers): new.cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
         new.mask, new.next = self.mask.expand(rows, -1).clone(), self.next.expand(rows).clone()
+        new.covered = None if self.covered is None else self.covered.expand(rows, -1)
         new.logits = None if self.logits is None else self.logits.expand(rows, -1)
         return new
 
-    def feed(self, embeds: list[Tensor]): # float[n_i,C] for each row, n_i may be 0
+    def feed(self,
+        embeds: list[Tensor],               # float[n_i,C] for each row, n_i may be 0
+        glances: list[list[Glance]] = (),   # masks of each row's chunk that are looked through
+    ):
         "Read a chunk in every row."
         lengths = [len(e) for e in embeds]
         if not max(lengths, default=0): return
@@ -54,11 +61,32 @@ class Rows:
         new = (torch.arange(x.shape[1], device=self.device)[None] < torch.tensor(lengths, device=self.device)[:, None]).long()
         self.mask = torch.cat([self.mask, new], 1)
         positions = self.next[:, None] + (new.cumsum(1) - 1).clamp(min=0)
-        hidden = self.lm(inputs_embeds=x, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
+        looks = self.covered is not None or any(glances)
+        mask = {"full_attention": self._looking(glances, x)} if looks else self.mask
+        hidden = self.lm(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
         self.next, self.read = self.next + new.sum(1), self.read + int(new.sum())
         at = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
         logits = self.head(hidden[torch.arange(len(embeds), device=self.device), at]).float()
         self.logits = logits if self.logits is None or min(lengths) else torch.where(new[:, :1] > 0, logits, self.logits)
+
+    def _look(self, bias: Tensor, covered: Tensor) -> Looking: # float[B,n,columns], float[B,n,T]
+        eyes, layers = self.eyes, len(self.lm.layers)
+        return Looking(bias[:, None], self.photo, covered, eyes.told.unflatten(2, (self.lm.config.num_attention_heads, -1)), layers - len(eyes.told))
+
+    def _looking(self, glances: list[list[Glance]], x: Tensor) -> Looking: # chunk float[B,n,C]
+        "Who sees what in a chunk that is read through masks, new ones or those of before."
+        (B, n, _), columns = x.shape, self.mask.shape[1]
+        order = torch.arange(columns, device=self.device)
+        unseen = (self.mask[:, None] == 0) | (order > order[columns - n:, None])
+        bias = torch.zeros(B, n, columns, dtype=x.dtype, device=self.device)
+        covered = (x.new_zeros(B, len(self.photo)) if self.covered is None else self.covered)[:, None].repeat(1, n, 1)
+        for row, own in enumerate(glances):
+            for g in own:
+                bias[row, g.at:g.at + len(g.views), self.photo] = g.views.to(x.dtype)
+                covered[row, g.at:g.at + len(g.views)] = 0
+                covered[row, g.at + len(g.views):] = g.covered.to(x.dtype)
+        self.covered = covered[:, -1]
+        return self._look(bias.masked_fill(unseen, torch.finfo(x.dtype).min), covered)
 
     def write(self, ids: list[list[int]]):
         "Read tokens in every row."
@@ -90,7 +118,8 @@ class Rows:
         embeds = self.lm.get_input_embeddings()(torch.tensor([t for b in branches for t in b], device=self.device))[None].expand(B, -1, -1)
         bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=self.device).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
         positions = self.next[:, None] + torch.tensor(depth, device=self.device)
-        hidden = self.lm(inputs_embeds=embeds, attention_mask=bias, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
+        mask = bias if self.covered is None else {"full_attention": self._look(bias[:, 0], self.covered[:, None].expand(-1, n, -1))}
+        hidden = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True).last_hidden_state
         self.mask = torch.cat([self.mask, self.mask.new_zeros(B, n)], 1)
         ends = torch.tensor([len(b) for b in branches], device=self.device).cumsum(0) - 1
         return self.head(hidden[:, ends]).float().transpose(0, 1)
@@ -202,9 +231,12 @@ class GroupInputs:
 
 class GroupBuilder:
     "Pictures and texts of groups, for one checkpoint and one profile."
-    def __init__(self, tokenizer, tiling, tokens_per_tile: int, settings: Settings, options: InternvlOptions | None = None):
+    def __init__(self, tokenizer, tiling, tokens_per_tile: int, settings: Settings, options: InternvlOptions | None = None,
+                 tokens_per_mask: int | None = None): # of eyes that look through masks
         self.tiling, self.settings, self.template = tiling, settings, TEMPLATES[settings.prompt]
-        self.encoder, self.options = Encoder(tokenizer, tokens_per_tile), options or load_section(InternvlOptions, "evaluator.internvl")
+        if tokens_per_mask is None and self.template.bare: raise ValueError(f"prompt {settings.prompt!r} is for evaluators that look through masks, this one looks at pictures of them: use full, brief or turns")
+        if tokens_per_mask is not None and settings.mask_view != "binary": raise ValueError(f"this evaluator looks through masks instead of at pictures of them: mask_view must be binary, got {settings.mask_view!r}")
+        self.encoder, self.options = Encoder(tokenizer, tokens_per_tile, tokens_per_mask), options or load_section(InternvlOptions, "evaluator.internvl")
         self.style = load_section(ViewStyle, "evaluator.view")
         share = tiling.shared(settings.group_size + 1)
         self.photo_tiles, self.mask_tiles = self.options.photo_tiles or share, self.options.mask_tiles or share
@@ -234,12 +266,13 @@ class GroupBuilder:
         "A group with its answer, as one sequence; the same tokens that scoring reads and writes."
         enc, t, n = self.encoder, self.template, len(masks)
         if len(ious) != n: raise ValueError(f"{n} masks but {len(ious)} IoUs")
-        pixels = [*([self.photo(image)] if t.photo else []), *self.masks(image, masks)]
+        looks = enc.tokens_per_mask is not None
+        pixels = [self.photo(image)] + ([] if looks else list(self.masks(image, masks)))
         tiles = [len(p) for p in pixels]
-        ids, learn, numbers, todo = self.opening(question, tiles[0] if t.photo else 0), [], [], list(ious)
+        ids, learn, numbers, todo = self.opening(question, tiles[0]), [], [], list(ious)
         learn = [False] * len(ids)
         def add(new, learnt): ids.extend(new); learn.extend([learnt] * len(new))
-        for k, (asked, count) in enumerate(self.stages(question, tiles[-n:] if n else [], reasoning is not None)):
+        for k, (asked, count) in enumerate(self.stages(question, [0] * n if looks else tiles[1:], reasoning is not None)):
             add(asked[:1], k > 0); add(asked[1:], False)   # a further turn begins with the end of the model's last one
             if reasoning is not None and k == 0: add(enc.text(reasoning.strip()) + enc.text("\n") + enc.text(t.open), True)
             for j in range(count):
@@ -270,7 +303,7 @@ class InternvlEvaluator(GroupScorer):
     ):
         super().__init__(settings)
         self.loaded, self.model, self.share = loaded, loaded.model, share
-        self.builder = GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, settings, options)
+        self.builder = GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, settings, options, loaded.tokens_per_mask)
         self.writer = LineWriter(self.builder.encoder, ScoreGrammar(loaded.tokenizer), self.builder.template)
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
@@ -278,19 +311,27 @@ class InternvlEvaluator(GroupScorer):
         "Drop the kept features; after the weights changed they are wrong."
         self._kept.clear()
 
-    def _features(self, image: np.ndarray, masks: Tensor) -> tuple[list[Tensor], list[Tensor]]: # float[tokens,C] of the photo where the template shows it; of each mask
+    def _features(self, image: np.ndarray, masks: Tensor) -> tuple[Tensor, list[tuple[Tensor, Glance | None]]]: # float[tokens,C] of the photo; of each mask, and how it is looked through
         "Visual tokens; what was seen before is not computed again."
+        if self.builder.encoder.tokens_per_mask is None:
+            (photo,), seen = self._pictures(image, masks)
+            return photo, [(f, None) for f in seen]
+        eyes = self.model.model.vision_tower
+        covered = eyes.coverage(masks)
+        return self._pictures(image, masks[:0])[0][0], [(t, Glance(0, v, c)) for t, v, c in zip(*eyes.see_masks(covered), covered)]
+
+    def _pictures(self, image: np.ndarray, masks: Tensor) -> tuple[list[Tensor], list[Tensor]]: # float[tokens,C] of the photo, of each mask's picture
+        "What the vision tower says, by content."
         b, o = self.builder, self.builder.options
         digest = lambda *parts: hashlib.blake2b(b"|".join(parts), digest_size=16).digest()
         photo = digest(b"photo", str(image.shape).encode(), np.ascontiguousarray(image).tobytes())
         base = b"mask" + str(tuple(masks.shape[1:])).encode() + b.settings.mask_view.encode() + (photo if b.settings.mask_view != "binary" else b"")
-        shown = [photo] if b.template.photo else []
-        names = shown + [digest(base, np.packbits(m.numpy()).tobytes()) for m in masks.cpu()]
+        names = [photo] + [digest(base, np.packbits(m.numpy()).tobytes()) for m in masks.cpu()]
         found = {n: self._kept[n] for n in names if n in self._kept}
         new = list(dict.fromkeys(n for n in names if n not in found))
         step = max(1, o.tiles_at_once // max(1, b.mask_tiles))
         tiles = [b.photo(image)] if photo in new else []
-        todo = [names.index(n, len(shown)) - len(shown) for n in new if n != photo]
+        todo = [names.index(n, 1) - 1 for n in new if n != photo]
         for i in range(0, len(todo), step): # drawn and cut piece by piece: full-size pictures of 200 masks would not fit
             tiles += list(b.masks(image, masks[todo[i:i + step]]))
         if tiles:
@@ -299,45 +340,48 @@ class InternvlEvaluator(GroupScorer):
             for n, f in zip(new, seen.split([len(t) for t in tiles])): found[n] = f.flatten(0, 1)
         for n in names: self._kept[n] = found[n]; self._kept.move_to_end(n)
         while len(self._kept) > o.features_kept: self._kept.popitem(last=False)
-        return [found[n] for n in shown], [found[n] for n in names[len(shown):]]
+        return [found[photo]], [found[n] for n in names[1:]]
 
-    def _embed(self, ids: list[int], features: list[Tensor]) -> Tensor: # float[T,C]
+    def _embed(self, ids: list[int], shown: list[tuple[Tensor, Glance | None]]) -> tuple[Tensor, list[Glance]]: # float[S,C]
         "Token embeddings with the visual tokens in their places."
         t = torch.tensor(ids, dtype=torch.long, device=self.model.device)
-        e = self.model.get_input_embeddings()(t)
-        if features: e[t == self.builder.encoder.ids["<IMG_CONTEXT>"]] = torch.cat(features).to(e)
-        return e
+        e, at = self.model.get_input_embeddings()(t), t == self.builder.encoder.ids["<IMG_CONTEXT>"]
+        if shown: e[at] = torch.cat([f for f, _ in shown]).to(e)
+        starts = at.nonzero()[:, 0].split([len(f) for f, _ in shown])
+        return e, [replace(g, at=int(s[0])) for s, (_, g) in zip(starts, shown) if g is not None]
 
     @torch.no_grad()
     def score_groups(self, image: np.ndarray, question: str, masks: Tensor, groups: list[tuple[int, ...]]) -> GroupScores:
         "Read picture and question once, then all groups in batches."
         (photo, features), per_tile = self._features(image, masks), self.builder.encoder.tokens_per_tile
-        head = self._embed(self.builder.opening(question, sum(map(len, photo)) // per_tile), photo)
+        asked = self.builder.opening(question, len(photo) // per_tile)
+        head, columns = self._embed(asked, [(photo, None)])[0], torch.tensor([i for i, t in enumerate(asked) if t == self.builder.encoder.ids["<IMG_CONTEXT>"]], device=self.model.device)
         said, step, tokens = [], self.builder.options.groups_at_once if self.share else 1, 0
+        def start() -> Rows: rows = Rows(self.model); rows.photo = columns; return rows
         if self.share:
-            first = Rows(self.model)
+            first = start()
             first.feed([head]); tokens += first.read
         for i in range(0, len(groups), step):
             part = [[features[m] for m in g] for g in groups[i:i + step]]
-            rows = first.spread(len(part)) if self.share else Rows(self.model)
+            rows = first.spread(len(part)) if self.share else start()
             said += self._answer(rows, question, part, None if self.share else head); tokens += rows.read
         values, reasoning, raw = (list(x) for x in zip(*said))
         return GroupScores(values, tuple(reasoning) if self.settings.chain_of_thought else (), tuple(raw), {"tokens": tokens})
 
-    def _answer(self, rows: Rows, question: str, part: list[list[Tensor]], head: Tensor | None) -> list[tuple[list[float], str, str]]: # values, reasoning, raw text
+    def _answer(self, rows: Rows, question: str, part: list[list[tuple[Tensor, Glance | None]]], head: Tensor | None) -> list[tuple[list[float], str, str]]: # values, reasoning, raw text
         "Ask the groups of one batch, stage by stage; `head` is read first where the rows are empty."
         s, b = self.settings, self.builder
         per_tile, limit = b.encoder.tokens_per_tile, self.model.config.text_config.max_position_embeddings
-        asked = [b.stages(question, [len(f) // per_tile for f in fs], s.chain_of_thought) for fs in part]
+        asked = [b.stages(question, [len(f) // per_tile for f, _ in fs], s.chain_of_thought) for fs in part]
         values, said, lines, unread = [[] for _ in part], [""] * len(part), [[] for _ in part], [[] for _ in part]
         for k in range(max(map(len, asked))):
             active = [k < len(a) for a in asked]
             reason = s.chain_of_thought and k == 0
             chunks = [self._embed(u + a[k][0], [f[k]] if b.template.turns else f) if on else self._embed([], []) for on, u, a, f in zip(active, unread, asked, part)]
-            if head is not None and k == 0: chunks = [torch.cat([head, c]) for c in chunks]
-            longest = max(n + len(c) for n, c in zip(rows.next.tolist(), chunks)) + (s.max_reasoning_tokens if reason else 0) + 8 * s.group_size
+            if head is not None and k == 0: chunks = [(torch.cat([head, c]), [replace(g, at=g.at + len(head)) for g in own]) for c, own in chunks]
+            longest = max(n + len(c) for n, (c, _) in zip(rows.next.tolist(), chunks)) + (s.max_reasoning_tokens if reason else 0) + 8 * s.group_size
             if longest > limit: raise ValueError(f"a group takes up to {longest} tokens, the model {limit}: use a smaller group_size or fewer tiles ([evaluator.internvl])")
-            rows.feed(chunks)
+            rows.feed(*zip(*chunks))
             if reason:
                 said = write_freely(rows, b.encoder, b.template.open.rstrip(), s.max_reasoning_tokens, active)
                 rows.write([([] if w.endswith("\n") else b.encoder.text("\n")) + b.encoder.text(b.template.open) for w in said])

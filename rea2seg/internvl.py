@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 from transformers.initialization import no_init_weights
 
 from .checkpoints import CheckpointError, load_strict, read_json, read_state, resolve, write_folder
-from .eyes import EyesConfig
+from .eyes import Eyes, EyesConfig
+from .looks import LOOKS
 from .settings import load_section
 from .tiles import IMAGENET, Tiling
 
@@ -184,8 +185,16 @@ class Internvl:
     tiling: Tiling
     layout: str = "native"
 
+    def __post_init__(self):
+        if self.tokens_per_mask is not None: self.model.model.language_model.config._attn_implementation = LOOKS
+
     @property
     def tokens_per_tile(self) -> int: return self.model.config.image_seq_length
+
+    @property
+    def tokens_per_mask(self) -> int | None: # None: masks are pictures like others
+        eyes = self.model.model.vision_tower
+        return len(eyes.look) if isinstance(eyes, Eyes) and eyes.config.looks else None
 
 def load_tokenizer(folder: Path):
     "The checkpoint's tokenizer, through transformers' own classes; no code of the checkpoint runs."

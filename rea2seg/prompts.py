@@ -24,7 +24,7 @@ class Template:
     sep: str
     close: str
     turns: bool = False  # a score after every mask, in turns of its own
-    photo: bool = True   # the photo comes first; it can be left out where masks are drawn on it
+    bare: bool = False   # no words but the question: photo and question are the user's turn, masks and scores the answer
 
     def line(self, numbers: list[str]) -> str: return self.open + self.sep.join(numbers) + self.close
 
@@ -45,7 +45,7 @@ TEMPLATES = {
                       open="IoU: ", sep=" ", close=""),
     "turns": Template(system="You grade masks.", task="Photo, then masks ({view}).", question="Question: {question}", ask="IoU:", think="Reason, then IoU:",
                       open="IoU: ", sep=" ", close="", turns=True),
-    "terse": Template(system="", task="", question="{question}", ask="", think="Reason first.", open="=", sep=" ", close="", turns=True, photo=False),
+    "bare": Template(system="", task="", question="{question}", ask="", think="", open="=", sep=" ", close="", turns=True, bare=True),
 }
 
 # %% ../nbs/api/prompts.ipynb #eddee1fd
@@ -71,12 +71,16 @@ def opening(template: Template, question: str, view: str, place: str) -> list:
     "System, photo, task and, unless it comes after the masks, the question."
     before, _, _ = _places(place)
     asked = template.question.format(question=question) + "\n" if before else ""
-    if not template.photo and view == "binary": raise ValueError("this template shows no photo, so masks must be drawn on it: mask_view overlay or cutout, not binary")
-    shown = ["Image-1: ", Picture(0), f"\n{template.task.format(view=VIEW_WORDS[view])}\n"] if template.photo else []
-    return [START, f"system\n{template.system}", END, "\n", START, "user\n", *shown, asked]
+    if template.bare:
+        if place != "before": raise ValueError(f"in this template the question stands before the masks, got question_place {place!r}")
+        return [START, "user\n", Picture(0), asked.strip(), END, "\n", START, "assistant\n"]
+    return [START, f"system\n{template.system}", END, "\n", START, "user\n", "Image-1: ", Picture(0), f"\n{template.task.format(view=VIEW_WORDS[view])}\n", asked]
 
 def stages(template: Template, question: str, n: int, place: str, reasoning: bool) -> list[Stage]:
     "What follows for a group of n masks."
+    if template.bare:
+        if reasoning: raise ValueError("this template has no place for reasoning: set chain_of_thought = no")
+        return [Stage([Picture(i)], 1) for i in range(1, n + 1)]
     _, each, after = _places(place)
     asked = template.question.format(question=question) + "\n"
     shown = lambda i: [f"Image-{i + 1}: ", Picture(i), "\n" + (asked if each else "")]
@@ -94,8 +98,8 @@ def rendered(parts: list) -> str:
 # %% ../nbs/api/prompts.ipynb #f78737aa
 class Encoder:
     "Turns parts into token ids for one tokenizer."
-    def __init__(self, tokenizer, tokens_per_tile: int):
-        self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
+    def __init__(self, tokenizer, tokens_per_tile: int, tokens_per_mask: int | None = None): # None: masks are pictures like others
+        self.tokenizer, self.tokens_per_tile, self.tokens_per_mask = tokenizer, tokens_per_tile, tokens_per_mask
         self.added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
         self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")}
         self._found = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)), re.IGNORECASE)
@@ -114,6 +118,10 @@ class Encoder:
         "`<img>`, one `<IMG_CONTEXT>` a feature, `</img>`."
         return [self.ids["<img>"]] + [self.ids["<IMG_CONTEXT>"]] * (tiles * self.tokens_per_tile) + [self.ids["</img>"]]
 
+    def mask(self, tiles: int) -> list[int]:
+        "A mask's picture, or the bare tokens that look through it."
+        return self.picture(tiles) if self.tokens_per_mask is None else [self.ids["<IMG_CONTEXT>"]] * self.tokens_per_mask
+
     def __call__(self,
         parts: list,
         tiles: list[int] = (), # tiles of each picture, photo first
@@ -124,5 +132,5 @@ class Encoder:
             if isinstance(p, str): run += p; continue
             ids += self.text(run); run = ""
             if isinstance(p, Control): ids.append(self.ids[p.token])
-            elif isinstance(p, Picture): ids += self.picture(tiles[p.index])
+            elif isinstance(p, Picture): ids += self.mask(tiles[p.index]) if p.index else self.picture(tiles[0])
         return ids

@@ -66,7 +66,7 @@ def load_section(
     return cls(**values)
 
 # %% ../nbs/api/settings.ipynb #218ddd05
-_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"), prompt=("full", "brief", "turns", "terse"),
+_choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("before", "after", "repeated"), scoring=("text", "expected"), prompt=("full", "brief", "turns", "bare"),
                 evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
 _fractions = ("predicted_iou", "stability", "box_nms_iou")
 _positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")

@@ -178,7 +178,10 @@ def steps_of(mixture: GroupMixture, s: EvaluatorTraining) -> int:
     "Optimizer steps of the settings' epochs; an epoch reads as many groups as there are."
     return s.steps or math.ceil(s.epochs * len(mixture) / (s.batch_size * s.accumulation))
 
-def builder_of(loaded: Internvl, profile: Settings) -> GroupBuilder: return GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, profile)
+def builder_of(loaded: Internvl, profile: Settings) -> GroupBuilder:
+    "What makes groups for this evaluator and profile."
+    if loaded.tokens_per_mask is not None: raise ValueError("this evaluator looks through masks, `python -m rea2seg.train.evaluator_tiny` trains it; LoRA and groups of pictures are for evaluators that look at pictures of masks")
+    return GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, profile)
 
 def train_evaluator(
     loaded: Internvl,                  # changed in place
