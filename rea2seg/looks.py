@@ -8,7 +8,6 @@ __all__ = ['LOOKS', 'Looked', 'looks_attention', 'tell', 'Glance', 'Looking']
 # %% ../nbs/api/looks.ipynb #2bff38dd
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

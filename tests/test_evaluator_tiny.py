@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import save_file
 
 from rea2seg.checkpoints import CheckpointError, resolve
+from rea2seg.data.sources import load_samples
 from rea2seg.evaluator_internvl import InternvlEvaluator, Rows
 from rea2seg.eyes import Eyes, EyesConfig
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, new_internvl, save_evaluator
 from rea2seg.lens_files import save_generator
+from rea2seg.mined import read_mined
+from rea2seg.mining import mine
 from rea2seg.settings import Settings, load_section
 from rea2seg.train.evaluator import builder_of
-from rea2seg.train.evaluator_tiny import Candidates, EvaluatorShape, LookBatches, PoolSettings, build_pool, evaluator_from, main, overlaps, train_looks
+from rea2seg.train.evaluator_tiny import Candidates, EvaluatorShape, LookBatches, MinedCandidates, PoolSettings, build_pool, evaluator_from, main, overlaps, train_looks
 from rea2seg.train.generator import patchify
 from rea2seg.train.loop import fit
 from rea2seg.train.looks import LookTrainee, LookTraining, look_losses, rank_loss, soft_digits
@@ -71,13 +74,13 @@ def some_masks():
 
 def test_it_begins_as_the_generator(generator, loaded):
     lm, own = loaded.model.model.language_model, generator.model
-    for mine, theirs in zip(lm.layers, own.model.layers): assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
+    for ours, theirs in zip(lm.layers, own.model.layers): assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
     text = "Which cyan dumbbell is the farthest from the cube?"
     assert loaded.tokenizer.encode(text, add_special_tokens=False) == generator.tokenizer.plain.encode(text, add_special_tokens=False).ids
     x = torch.randn(1, 9, 256)
     theirs = own.model(inputs_embeds=x, position_ids=torch.arange(9).expand(3, 1, 9), use_cache=False).last_hidden_state
-    mine = lm(inputs_embeds=x, use_cache=False).last_hidden_state
-    assert len(lm.layers) > len(own.model.layers) and torch.allclose(mine, theirs, atol=1e-4)  # plain positions: the same rope; the layers behind are silent
+    ours = lm(inputs_embeds=x, use_cache=False).last_hidden_state
+    assert len(lm.layers) > len(own.model.layers) and torch.allclose(ours, theirs, atol=1e-4)  # plain positions: the same rope; the layers behind are silent
 
 
 def test_it_sees_as_the_generator(generator, loaded, pack):
@@ -232,7 +235,7 @@ def test_the_two_ways_to_see_a_mask_are_not_mixed_up(loaded):
 
 
 def test_candidates_of_a_scene(pack, pool, generator, tmp_path):
-    found = Candidates(pack, pool, settings(tidy_share=1.0, good_share=1.0, initial_share=1.0))
+    found = Candidates(pack, pool, settings(masks=6, good_share=1.0, own_share=1.0))
     for scene, c in found.of.items():
         n, answers = c["iou"].shape
         assert c["covered"].shape == (n, 256) and len(c["answer"]) == len(pack.questions[scene]) == len(c["attention"]) and answers == c["answer"].max() + 1
@@ -243,9 +246,10 @@ def test_candidates_of_a_scene(pack, pool, generator, tmp_path):
     seen = [found.pick(0, q, np.random.default_rng(q)) for q in range(len(pack.questions[0]))]
     c = found.of[0]
     for q, chosen in enumerate(seen):
-        assert len(set(chosen)) == 4 and c["initial"][q] in [*chosen, -1]
-        best = c["iou"][:, c["answer"][q]].max()
-        assert best < 0.3 or c["iou"][chosen, c["answer"][q]].max() >= best - 0.09
+        assert len(set(chosen)) == 6 and {c["initial"][q], *c["own"][q]} <= {*chosen, -1}
+        iou, looked_at = c["iou"][:, c["answer"][q]], np.argsort(-c["attention"][q].astype(float), kind="stable")[:30]
+        reachable = iou[(c["covered"][:, looked_at] > 102).any(1)].max()
+        assert reachable < max(iou.max() - 0.08, 0.3) or iou[chosen].max() >= iou.max() - 0.09
     assert seen[0] == found.pick(0, 0, np.random.default_rng(0))
     asked = found.asked(1, np.random.default_rng(2))
     assert len(set(asked)) == 3 and len({pack.questions[1][q]["c"] for q in asked}) > 1  # no question twice, categories in turn
@@ -315,3 +319,27 @@ def test_the_command_finds_candidates_and_trains(pack_folder, tmp_path, monkeypa
     for bad in ("2/2", "half"):
         with pytest.raises(SystemExit): main(["pool", *base, "--shard", bad])
         assert "I/N" in capsys.readouterr().err
+
+
+def test_what_was_mined_is_read_too(loaded, pack, pool, pack_folder, generator, tmp_path):
+    spec = f"pack:{pack_folder}"
+    mine(generator, Settings.load("tiny", seed_points=6), load_samples(spec, per_image=2), tmp_path / "mined", 2, progress=False, data=dict(spec=spec, split=None, limit=None, seed=0, options=dict(per_image=2)))
+    mined, s = read_mined(tmp_path / "mined"), settings(mined_share=0.5, mined_questions=2, mined_masks=3)
+    found = MinedCandidates(pack, mined, s)
+    assert sum(len(v) for v in found.of.values()) == len(mined) == 4
+    for d in found.draw(found.scenes[0], np.random.default_rng(0)):
+        assert d["covered"].shape == (3, 256) and d["target"].shape == (256,) and d["question"] in [q["q"] for q in pack.questions[found.scenes[0]]]
+        area, target = d["covered"].astype(float).sum(1) / 255, d["target"].astype(float).sum() / 255
+        assert np.allclose(d["recall"] * target, d["precision"] * area, atol=1.5)  # both are the overlap, in patches
+        both = d["recall"] * target
+        assert np.allclose(d["iou"], both / (area + target - both), atol=0.06)
+    batches = LookBatches(Candidates(pack, pool, s), found)
+    sizes = [tuple(batches(i, 0, 1)["iou"].shape) for i in range(4)]
+    assert sizes == [(2, 3, 4), (2, 2, 3), (2, 3, 4), (2, 2, 3)]  # by turns
+    assert [tuple(LookBatches(Candidates(pack, pool, s))(i, 0, 1)["iou"].shape) for i in range(2)] == [(2, 3, 4)] * 2
+    loss, _ = LookTrainee(loaded, s, Settings.load("tiny", **PROFILE))(batches(1, 0, 1), 0)
+    assert torch.isfinite(loss)
+    other = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [[{**q, "q": "not asked"} for q in qs] for qs in pack.questions], pack.seeds)
+    with pytest.raises(ValueError, match="mined from another pack"): MinedCandidates(other, mined, s)
+    nothing = Pack(pack.image[:0], pack.part_map[:0], pack.part_object[:0], pack.part_attributes[:0], [], pack.seeds[:0])
+    with pytest.raises(ValueError, match="nothing that was mined belongs"): MinedCandidates(nothing, mined, s)

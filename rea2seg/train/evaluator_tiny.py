@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluator_tokenizer', 'EvaluatorShape', 'evaluator_from', 'PoolSettings', 'scene_candidates', 'overlaps',
-           'build_pool', 'Candidates', 'LookBatches', 'train_looks', 'main']
+           'build_pool', 'Candidates', 'MinedCandidates', 'LookBatches', 'train_looks', 'main']
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #d2127e1d
 import argparse
@@ -30,7 +30,7 @@ from ..generators import load_generator
 from ..internvl import SPECIAL_TOKENS, Internvl, load_internvl, save_evaluator
 from ..lens import LensGenerator
 from ..lens_model import sam_grid
-from ..mined import read_mined
+from ..mined import Mined, read_mined
 from ..prompts import TEMPLATES
 from ..settings import Settings, load_section, parse_changes
 from ..tiles import Tiling
@@ -121,7 +121,7 @@ def _some_tokens(generator: LensGenerator) -> Tensor: # float[T,d]
     image = torch.full((1, side, side, 3), 128, dtype=torch.uint8); image[:, side // 4:side // 2, side // 4:side // 2] = 220
     return generator.model.image_tokens(*patchify(image, generator.model.config.vision_config.patch_size, 1, 1))
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #77a4a1f1
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #1a104c4f
 @dataclass(frozen=True)
 class PoolSettings:
     "`[tiny.pool]`: what candidates a scene has."
@@ -142,7 +142,7 @@ def scene_candidates(
     prefix: list[int],
     s: PoolSettings,
     grid: Tensor,                   # `position_grid` of the pack's pictures
-) -> dict[str, np.ndarray]: # covered uint8[n,T], iou, recall, precision float16[n,A], answer int16[Q], target uint8[A,T], initial int16[Q] (-1: none), attention float16[Q,T]
+) -> dict[str, np.ndarray]: # covered uint8[n,T], iou, recall, precision float16[n,A], answer int16[Q], target uint8[A,T], initial int16[Q] and own int16[Q,3] (of its prompt; -1: none), attention float16[Q,T]
     "Masks of one scene and how they fit its answers; answers that several questions have are one."
     model, sam, questions, rng = generator.model, generator.sam, pack.questions[scene], np.random.default_rng((s.seed, scene))
     image, part_map = pack.image[scene:scene + 1], pack.part_map[scene:scene + 1].long()
@@ -171,7 +171,7 @@ def scene_candidates(
     shares = lambda m: (F.adaptive_avg_pool2d(m[:, None].float(), model.grid_hw(size[0])).flatten(1) * 255).round().to(torch.uint8).numpy()
     half = lambda t: t.numpy().astype(np.float16)
     return {"covered": shares(masks[kept]), "iou": half(iou), "recall": half(cover[..., 0]), "precision": half(cover[..., 1]), "answer": np.array(answer, np.int16), "target": shares(truth),
-            "initial": np.array(place[:len(questions)], np.int16), "attention": half(out.attention[:, first:last + 1].float().mean(1))}
+            "initial": np.array(place[:len(questions)], np.int16), "own": np.array(place[len(questions):4 * len(questions)], np.int16).reshape(-1, 3), "attention": half(out.attention[:, first:last + 1].float().mean(1))}
 
 def _distinct(masks: Tensor, first: int, s: PoolSettings, rng) -> tuple[list[int], list[int]]: # which are kept; for every mask its place among them, -1 where it is too small
     "Drop small masks and near-duplicates; the `first` ones are asked before the rest."
@@ -218,7 +218,7 @@ def build_pool(
     found: dict[str, np.ndarray] = {}
     for k, n in tqdm(scenes, desc="candidates", disable=not progress, mininterval=2):
         if pack.questions[n]: found |= {f"{n}/{name}": v for name, v in scene_candidates(generator, pack, n, rest, prefix, s, grid).items()}
-        if n + 1 == min(k + s.scenes_per_part, len(pack)): _replace(folder / f"pool-{k:07d}.npz", lambda f: np.savez(f, **found)); found = {}
+        if n + 1 == min(k + s.scenes_per_part, len(pack)): _replace(folder / f"pool-{k:07d}.npz", lambda f, found=found: np.savez(f, **found)); found = {}
     return folder
 
 def _replace(path: Path, write):
@@ -228,7 +228,7 @@ def _replace(path: Path, write):
         except BaseException: os.unlink(f.name); raise
     os.replace(f.name, path)
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #f59aa5dc
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #27df243a
 class Candidates:
     "What `build_pool` found, and which of it a question gets."
     def __init__(self, pack: Pack, folder: str | Path, settings: LookTraining):
@@ -244,33 +244,22 @@ class Candidates:
         if not self.scenes: raise ValueError(f"no scene of the pack has {settings.masks} candidates in {folder}")
         if bad := next((k for k in self.scenes if len(self.of[k]["answer"]) != len(pack.questions[k])), None): raise ValueError(f"{folder} was made for another pack: scene {bad} has {len(pack.questions[bad])} questions here, {len(self.of[bad]['answer'])} there")
 
-    def agreement(self, scene: int, question: int) -> np.ndarray: # float[n]
-        "Soft IoU of every candidate with the generator's attention."
-        c = self.of[scene]
-        a = c["attention"][question].astype(np.float32); a = a / max(float(a.max()), 1e-6)
-        covered = c["covered"].astype(np.float32) / 255
-        both = covered @ a
-        return both / (covered.sum(1) + a.sum() - both).clip(1e-6)
-
     def pick(self, scene: int, question: int, rng) -> list[int]: # `settings.masks` of them
-        "The generator's own mask, a good one, a middling one, two wrong ones, each so often; the rest are those that attention agrees with. Mostly masks that fit some answer of the scene, as what is mined has passed SAM's filters."
-        s, c = self.settings, self.of[scene]
-        iou, agreement, chosen = c["iou"][:, c["answer"][question]].astype(np.float32), self.agreement(scene, question), []
+        "The question's own masks, each so often, then masks of patches that attention looks at most, as if they had been seed points; those most often that fit some answer of the scene, as what is mined has passed SAM's filters."
+        s, c, chosen = self.settings, self.of[scene], []
         def add(k):
             if k >= 0 and int(k) not in chosen and len(chosen) < s.masks: chosen.append(int(k))
-        def draw(fits: np.ndarray, most: int): # in a random order, those that agree most mostly first
-            at = np.flatnonzero(fits)
-            at = at[np.argsort(-agreement[at], kind="stable")][:most]
-            weight = np.exp(-np.arange(len(at)) / s.near_slope)
-            return rng.choice(at, len(at), replace=False, p=weight / weight.sum()) if len(at) else at
-        tidy = c["iou"].max(1) >= s.tidy_iou
-        if tidy.sum() < s.masks or rng.random() >= s.tidy_share: tidy = np.ones_like(tidy)
-        if rng.random() < s.initial_share: add(c["initial"][question])
-        for share, fits in ((s.good_share, iou >= max(float(iou.max()) - 0.08, 0.3)), (s.middling_share, tidy & (iou > 0.1) & (iou < 0.7))):
-            if rng.random() < share and fits.any(): add(rng.choice(np.flatnonzero(fits)))
-        for k in draw(tidy & (iou < 0.1), s.near)[:2]:
-            if rng.random() < s.wrong_share: add(k)
-        for k in [*draw(tidy, s.near), *rng.permutation(len(iou))]: add(k)
+        for k in (c["initial"][question], *c["own"][question]):
+            if rng.random() < s.own_share: add(k)
+        iou, attention = c["iou"][:, c["answer"][question]].astype(np.float32), c["attention"][question].astype(np.float32)
+        seeds = np.argsort(-attention, kind="stable")[:s.seeds]
+        shown = c["covered"][:, seeds] > 255 * s.seed_cover                       # which candidates a seed point may find
+        good = np.flatnonzero((iou >= max(float(iou.max()) - 0.08, 0.3)) & shown.any(1))
+        if len(good) and rng.random() < s.good_share: add(rng.choice(good))
+        weight = np.where(c["iou"].max(1) >= s.tidy_iou, 1.0, s.untidy_weight)
+        for seed in rng.integers(len(seeds), size=6 * s.masks):
+            if len(chosen) < s.masks and (w := shown[:, seed] * weight).sum(): add(rng.choice(len(w), p=w / w.sum()))
+        for k in np.argsort(-(c["covered"] / 255.0) @ attention, kind="stable"): add(k) # few masks: what attention looks at
         return rng.permutation(chosen).tolist()
 
     def asked(self, scene: int, rng) -> list[int]: # `settings.questions` of them
@@ -285,55 +274,85 @@ class Candidates:
             out.append(left[list(left)[rng.integers(len(left))]].pop())
         return out
 
+    def draw(self, scene: int, rng) -> list[dict]: # one a question, see `LookBatches`
+        own, found = self.of[scene], []
+        for q in self.asked(scene, rng):
+            k, a = self.pick(scene, q, rng), self.of[scene]["answer"][q]
+            found.append({"question": self.pack.questions[scene][q]["q"], "covered": own["covered"][k], "target": own["target"][a], **{n: own[n][k, a] for n in ("iou", "recall", "precision")}})
+        return found
+
+class MinedCandidates:
+    "What `rea2seg mine` found in a pack; every question has its own."
+    def __init__(self, pack: Pack, mined: Mined, settings: LookTraining, grid: tuple[int, int] = (16, 16)):
+        self.pack, self.settings, self.of = pack, settings, {}
+        for i in range(len(mined)):
+            m = mined[i]
+            scene, question = map(int, m.name.rsplit("/", 2)[1:])
+            if scene >= len(pack) or len(m) < settings.masks // 2: continue
+            if question >= len(pack.questions[scene]) or (here := pack.questions[scene][question]["q"]) != m.question: raise ValueError(f"{m.name} was mined from another pack: its question is {m.question!r}")
+            masks, truth = torch.from_numpy(m.masks()), torch.from_numpy(m.truth())[None]
+            shares = lambda t: (F.adaptive_avg_pool2d(t[:, None].float(), grid).flatten(1) * 255).round().to(torch.uint8).numpy()
+            _, cover = overlaps(masks, truth)
+            self.of.setdefault(scene, []).append({"question": here, "covered": shares(masks), "target": shares(truth)[0], "iou": np.array(m.ious, np.float32), "recall": cover[:, 0, 0].numpy(), "precision": cover[:, 0, 1].numpy()})
+        self.scenes = sorted(self.of)
+        if not self.scenes: raise ValueError("nothing that was mined belongs to the pack")
+
+    def draw(self, scene: int, rng) -> list[dict]: # one a question, see `LookBatches`
+        s, found = self.settings, []
+        for q in np.resize(rng.permutation(len(self.of[scene])), s.mined_questions):
+            of = self.of[scene][q]
+            k = np.resize(rng.permutation(len(of["iou"])), s.mined_masks)     # repeats only where a question has few
+            found.append({n: v[k] if n in ("covered", "iou", "recall", "precision") else v for n, v in of.items()})
+        return found
+
 class LookBatches:
-    "`batch_at` of `train.loop.fit` for `LookTrainee`."
-    def __init__(self, candidates: Candidates): self.candidates, self.settings = candidates, candidates.settings
+    "`batch_at` of `train.loop.fit` for `LookTrainee`: every step reads the pool, or what was mined."
+    def __init__(self, pool: Candidates, mined: MinedCandidates | None = None): self.pool, self.mined, self.settings = pool, mined, pool.settings
 
     def __call__(self, i: int, rank: int, world: int) -> dict:
-        s, c, scenes = self.settings, self.candidates, self.candidates.scenes
+        s, share = self.settings, self.settings.mined_share if self.mined is not None else 0.0
         if s.batch_size % world: raise ValueError(f"a batch of {s.batch_size} does not divide among {world} processes")
-        where = [i * s.batch_size + k for k in range(rank, s.batch_size, world)]
+        before, after = int(i * share), int((i + 1) * share)                   # steps with what was mined
+        source, n = (self.mined, before) if after > before else (self.pool, i - before)
+        where, scenes = [n * s.batch_size + k for k in range(rank, s.batch_size, world)], source.scenes
         orders = {e: torch.randperm(len(scenes), generator=torch.Generator().manual_seed(s.seed * 1_000_003 + e)) for e in {w // len(scenes) for w in where}}
         mine = [scenes[int(orders[w // len(scenes)][w % len(scenes)])] for w in where]
-        return self.of(mine, [np.random.default_rng((s.seed, w)) for w in where])
+        return self.of(source, mine, [np.random.default_rng((s.seed, i, w)) for w in where])
 
-    def of(self, scenes: list[int], rngs: list) -> dict:
-        "Some scenes' questions and candidates."
-        c, names = self.candidates, ("covered", "iou", "recall", "precision")
-        rows, texts, target = {n: [] for n in names}, [], []
-        for scene, rng in zip(scenes, rngs, strict=True):
-            own, asked = c.of[scene], c.asked(scene, rng)
-            picked = [(c.pick(scene, q, rng), own["answer"][q]) for q in asked]
-            rows["covered"].append(np.stack([own["covered"][k] for k, _ in picked]).astype(np.float32) / 255)
-            for n in names[1:]: rows[n].append(np.stack([own[n][k, a] for k, a in picked]).astype(np.float32))
-            shares = np.stack([own["target"][a] for _, a in picked]) / 255
-            target.append((shares >= 0.5 * shares.max(1, keepdims=True)) & (shares > 0))  # half covered, or half as covered as the best patch
-            texts.append([c.pack.questions[scene][q]["q"] for q in asked])
-        return {"image": c.pack.image[scenes], "scene": scenes, "questions": texts, "target": torch.from_numpy(np.stack(target)), **{n: torch.from_numpy(np.stack(v)) for n, v in rows.items()}}
+    def of(self, source, scenes: list[int], rngs: list) -> dict:
+        "Some scenes' questions and candidates: covered, iou, recall, precision of each, and the patches of each question's answer."
+        drawn = [source.draw(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+        stack = lambda name: np.stack([np.stack([d[name] for d in of]) for of in drawn]).astype(np.float32)
+        target = stack("target") / 255
+        target = (target >= 0.5 * target.max(-1, keepdims=True)) & (target > 0)  # half covered, or half as covered as the best patch
+        return {"image": source.pack.image[scenes], "scene": scenes, "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
+                "covered": torch.from_numpy(stack("covered") / 255), **{n: torch.from_numpy(stack(n)) for n in ("iou", "recall", "precision")}}
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #d6fa97f1
-def train_looks(loaded: Internvl, pack: Pack, pool: str | Path, folder: str | Path, validation=None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #ad7654e5
+def train_looks(loaded: Internvl, pack: Pack, pool: str | Path, folder: str | Path, mined: Mined | None = None, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                 profile: Settings | None = None, watched: int = 100, **changes) -> Internvl:
-    "Learn to score; `validation` is a mined set that no training sees, `watched` of its questions are scored at every checkpoint."
+    "Learn to score what is in the pool and what was `mined` from the pack; `validation` was mined from scenes that no training sees, `watched` of its questions are scored at every checkpoint."
     s, profile = load_section(LookTraining, "tiny.evaluator", **changes), profile or Settings.load("tiny")
     trainee = LookTrainee(loaded, s, profile).to(device)
     def check(m, step):
         m.settle()
         return summary_of(score_mined(InternvlEvaluator(loaded, profile), validation, range(min(len(validation), watched))))
-    fit(trainee, LookBatches(Candidates(pack, pool, s)), s, Path(folder) / "run-scores", trainee.groups(), validate=check if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
+    batches = LookBatches(Candidates(pack, pool, s), None if mined is None else MinedCandidates(pack, mined, s, trainee.eyes.grid))
+    fit(trainee, batches, s, Path(folder) / "run-scores", trainee.groups(), validate=check if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
     trainee.settle()
     loaded.model.eval()
     if PartialState().is_main_process: save_evaluator(loaded, Path(folder) / "evaluator", torch.bfloat16)
     return loaded
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #a7976217
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #cfd4093a
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.evaluator_tiny`: find candidates in a pack, then learn to score them, from the generator on."
     p = argparse.ArgumentParser(prog="rea2seg.train.evaluator_tiny", description=main.__doc__)
     p.add_argument("step", choices=("pool", "train"))
     p.add_argument("--generator", default="embedded:generator"); p.add_argument("--pack", required=True); p.add_argument("--pool", required=True, help="folder of the candidates")
     p.add_argument("--shard", default="0/1", metavar="I/N", help="pool: part I of N; start one process for each")
-    p.add_argument("--validation", help="mined held-out questions"); p.add_argument("--start", help="an evaluator to continue from, in place of the generator's weights")
+    p.add_argument("--mined", action="append", help="train: what `rea2seg mine` wrote for the pack, read too; may be repeated")
+    p.add_argument("--validation", help="train: mined held-out questions"); p.add_argument("--start", help="an evaluator to continue from, in place of the generator's weights")
     p.add_argument("--out", default="runs/evaluator"); p.add_argument("--minutes", type=float)
     p.add_argument("--scenes", type=int); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     a = p.parse_args(argv)
@@ -345,7 +364,7 @@ def main(argv: list[str] | None = None):
         return print(build_pool(generator, pack, a.pool, load_section(PoolSettings, "tiny.pool", **parse_changes(a.set, PoolSettings)), (i, n)))
     tracker = Tracker(name="tiny-evaluator", config=vars(a), folder=Path(a.out))
     loaded = load_internvl(a.start) if a.start else evaluator_from(generator)
-    train_looks(loaded, pack, a.pool, a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, **parse_changes(a.set, LookTraining))
+    train_looks(loaded, pack, a.pool, a.out, read_mined(a.mined) if a.mined else None, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, **parse_changes(a.set, LookTraining))
     tracker.finish()
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #7c2d4211

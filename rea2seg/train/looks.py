@@ -19,20 +19,21 @@ from ..looks import Looked, tell
 from ..settings import Settings
 from .loop import LoopSettings
 
-# %% ../../nbs/api/train_looks.ipynb #61712519
+# %% ../../nbs/api/train_looks.ipynb #3dcf689f
 @dataclass(frozen=True)
 class LookTraining(LoopSettings):
     "`[tiny.evaluator]`: the loop's numbers, what a step holds, and loss weights."
     questions: int             # of each scene
     masks: int                 # candidates of each question
-    initial_share: float       # how often the generator's own mask is among them
-    good_share: float          # ... a nearly best one
-    middling_share: float      # ... one that overlaps with the answer
-    wrong_share: float         # ... each of two that do not
-    near: int                  # wrong ones and the rest are drawn from so many candidates that agree most with the generator's attention,
-    near_slope: float          # ... e^(-rank / near_slope) as often
-    tidy_iou: float            # all of them fit some answer of the scene with this IoU
-    tidy_share: float          # ... so often
+    own_share: float           # how often each of the masks of the question's own prompt is among them
+    good_share: float          # ... a nearly best one that a seed point may find
+    seeds: int                 # patches with most of the generator's attention, which find the rest
+    seed_cover: float          # share of such a patch that a mask must cover
+    tidy_iou: float            # masks that fit no answer of the scene so well
+    untidy_weight: float       # ... are drawn so much less often
+    mined_share: float         # share of the steps that read what was mined, where it is given,
+    mined_questions: int       # ... so many questions of each scene,
+    mined_masks: int           # ... so many candidates of each question
     warmup_share: float        # share of the scenes whose easy questions count too
     digit_spread: float        # standard deviation of the digits' soft targets, in IoU
     positive_weight: float     # factor of scores whose true IoU is at least `positive_iou`
