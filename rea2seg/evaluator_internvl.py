@@ -234,7 +234,6 @@ class GroupBuilder:
     def __init__(self, tokenizer, tiling, tokens_per_tile: int, settings: Settings, options: InternvlOptions | None = None,
                  tokens_per_mask: int | None = None): # of eyes that look through masks
         self.tiling, self.settings, self.template = tiling, settings, TEMPLATES[settings.prompt]
-        if tokens_per_mask is None and self.template.bare: raise ValueError(f"prompt {settings.prompt!r} is for evaluators that look through masks, this one looks at pictures of them: use full, brief or turns")
         if tokens_per_mask is not None and settings.mask_view != "binary": raise ValueError(f"this evaluator looks through masks instead of at pictures of them: mask_view must be binary, got {settings.mask_view!r}")
         self.encoder, self.options = Encoder(tokenizer, tokens_per_tile, tokens_per_mask), options or load_section(InternvlOptions, "evaluator.internvl")
         self.style = load_section(ViewStyle, "evaluator.view")

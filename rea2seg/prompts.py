@@ -78,9 +78,7 @@ def opening(template: Template, question: str, view: str, place: str) -> list:
 
 def stages(template: Template, question: str, n: int, place: str, reasoning: bool) -> list[Stage]:
     "What follows for a group of n masks."
-    if template.bare:
-        if reasoning: raise ValueError("this template has no place for reasoning: set chain_of_thought = no")
-        return [Stage([Picture(i)], 1) for i in range(1, n + 1)]
+    if template.bare: return [Stage([Picture(i)], 1) for i in range(1, n + 1)]
     _, each, after = _places(place)
     asked = template.question.format(question=question) + "\n"
     shown = lambda i: [f"Image-{i + 1}: ", Picture(i), "\n" + (asked if each else "")]

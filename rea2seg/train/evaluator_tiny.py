@@ -328,11 +328,11 @@ class LookBatches:
         return {"image": source.pack.image[scenes], "scene": scenes, "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
                 "covered": torch.from_numpy(stack("covered") / 255), **{n: torch.from_numpy(stack(n)) for n in ("iou", "recall", "precision")}}
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #ad7654e5
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #deacb0f0
 def train_looks(loaded: Internvl, pack: Pack, pool: str | Path, folder: str | Path, mined: Mined | None = None, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                 profile: Settings | None = None, watched: int = 100, **changes) -> Internvl:
     "Learn to score what is in the pool and what was `mined` from the pack; `validation` was mined from scenes that no training sees, `watched` of its questions are scored at every checkpoint."
-    s, profile = load_section(LookTraining, "tiny.evaluator", **changes), profile or Settings.load("tiny")
+    s, profile = load_section(LookTraining, "tiny.evaluator", **changes), (profile or Settings.load("tiny")).with_(group_size=1)  # it never sees a group
     trainee = LookTrainee(loaded, s, profile).to(device)
     def check(m, step):
         m.settle()
