@@ -135,7 +135,7 @@ def test_other_inputs_are_other_results(models, tmp_path):
         assert go(changed)["initial"] != base["initial"] and store.misses > made
     flipped = go(s.with_(mask=to_rle(~s.load_mask())))
     assert flipped["truth_px"] != base["truth_px"] and flipped["scores"] == base["scores"]
-    assert go(s, models("lens", mask_view="binary"))["scores"] != base["scores"]
+    assert go(s, models("lens", mask_view="cutout"))["scores"] != base["scores"]
 
 
 def test_weights_without_a_hash_share_nothing(models, tmp_path):

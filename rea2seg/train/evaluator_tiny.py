@@ -228,7 +228,7 @@ def _replace(path: Path, write):
         except BaseException: os.unlink(f.name); raise
     os.replace(f.name, path)
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #27df243a
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #2f5c04e2
 class Candidates:
     "What `build_pool` found, and which of it a question gets."
     def __init__(self, pack: Pack, folder: str | Path, settings: LookTraining):
@@ -282,7 +282,7 @@ class Candidates:
         return found
 
 class MinedCandidates:
-    "What `rea2seg mine` found in a pack; every question has its own."
+    "What `rea2seg mine` found in a pack; every question has its own. Those with fewer than half of `settings.masks` are left out."
     def __init__(self, pack: Pack, mined: Mined, settings: LookTraining, grid: tuple[int, int] = (16, 16)):
         self.pack, self.settings, self.of = pack, settings, {}
         for i in range(len(mined)):

@@ -129,7 +129,7 @@ def lay_out_looks(
     near = (order[:, None] >= order) & ((number == 0) | (number == number[:, None]))
     return LookRows(ids, place, near & real[:, :, None] | torch.eye(len(order), dtype=torch.bool), N)
 
-# %% ../../nbs/api/train_looks.ipynb #286fa0a8
+# %% ../../nbs/api/train_looks.ipynb #128f8465
 class LookTrainee(nn.Module):
     "Scores of candidates; `forward(batch, step)` with image uint8[B,H,W,3], scene (numbers), questions (texts, B x Q) and float[B,Q,M,...]: covered [T], iou, recall, precision; target bool[B,Q,T]."
     progress = 0.0
@@ -174,7 +174,7 @@ class LookTrainee(nn.Module):
 
     @torch.no_grad()
     def see(self, image: Tensor, scenes: list[int]) -> Tensor: # float[B,T,d]
-        "Photo tokens; eyes that do not learn see each scene once."
+        "Photo tokens; eyes that do not learn see each scene once, and what they saw is kept (131 kB a scene at 256 tokens of 256)."
         if new := [b for b, k in enumerate(scenes) if k not in self._seen]:
             pixels = torch.cat([self.builder.photo(image[b].cpu().numpy()) for b in new])
             found = self.model.get_image_features(pixel_values=pixels.to(self.model.device), return_dict=True).pooler_output
