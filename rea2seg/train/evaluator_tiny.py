@@ -228,7 +228,7 @@ def _replace(path: Path, write):
         except BaseException: os.unlink(f.name); raise
     os.replace(f.name, path)
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #2f5c04e2
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #986c10b2
 class Candidates:
     "What `build_pool` found, and which of it a question gets."
     def __init__(self, pack: Pack, folder: str | Path, settings: LookTraining):
@@ -274,6 +274,8 @@ class Candidates:
             out.append(left[list(left)[rng.integers(len(left))]].pop())
         return out
 
+    def image(self, scene: int) -> Tensor: return self.pack.image[scene] # uint8[H,W,3]
+
     def draw(self, scene: int, rng) -> list[dict]: # one a question, see `LookBatches`
         own, found = self.of[scene], []
         for q in self.asked(scene, rng):
@@ -282,22 +284,25 @@ class Candidates:
         return found
 
 class MinedCandidates:
-    "What `rea2seg mine` found in a pack; every question has its own. Those with fewer than half of `settings.masks` are left out."
-    def __init__(self, pack: Pack, mined: Mined, settings: LookTraining, grid: tuple[int, int] = (16, 16)):
-        self.pack, self.settings, self.of = pack, settings, {}
+    "What `rea2seg mine` found, in whatever data; every question has its own. Those with fewer than half of `settings.masks` are left out."
+    def __init__(self, mined: Mined, settings: LookTraining, grid: tuple[int, int] = (16, 16)):
+        self.mined, self.settings, self.of, self._at, self._images = mined, settings, {}, {}, {}
+        shares = lambda t: (F.adaptive_avg_pool2d(t[:, None].float(), grid).flatten(1) * 255).round().to(torch.uint8).numpy()
         for i in range(len(mined)):
             m = mined[i]
-            scene, question = map(int, m.name.rsplit("/", 2)[1:])
-            if scene >= len(pack) or len(m) < settings.masks // 2: continue
-            if question >= len(pack.questions[scene]) or (here := pack.questions[scene][question]["q"]) != m.question: raise ValueError(f"{m.name} was mined from another pack: its question is {m.question!r}")
-            masks, truth = torch.from_numpy(m.masks()), torch.from_numpy(m.truth())[None]
-            shares = lambda t: (F.adaptive_avg_pool2d(t[:, None].float(), grid).flatten(1) * 255).round().to(torch.uint8).numpy()
+            if len(m) < max(settings.masks // 2, 1): continue
+            masks, truth, picture = torch.from_numpy(m.masks()), torch.from_numpy(m.truth())[None], f"{m.row['folder']}:{m.image_id}"
             _, cover = overlaps(masks, truth)
-            self.of.setdefault(scene, []).append({"question": here, "covered": shares(masks), "target": shares(truth)[0], "iou": np.array(m.ious, np.float32), "recall": cover[:, 0, 0].numpy(), "precision": cover[:, 0, 1].numpy()})
+            self._at.setdefault(picture, i)
+            self.of.setdefault(picture, []).append({"question": m.question, "covered": shares(masks), "target": shares(truth)[0], "iou": np.array(m.ious, np.float32), "recall": cover[:, 0, 0].numpy(), "precision": cover[:, 0, 1].numpy()})
         self.scenes = sorted(self.of)
-        if not self.scenes: raise ValueError("nothing that was mined belongs to the pack")
+        if not self.scenes: raise ValueError(f"no mined question has {max(settings.masks // 2, 1)} candidates")
 
-    def draw(self, scene: int, rng) -> list[dict]: # one a question, see `LookBatches`
+    def image(self, scene: str) -> Tensor: # uint8[H,W,3]
+        if scene not in self._images: self._images[scene] = torch.from_numpy(np.array(self.mined.picture(self._at[scene])))
+        return self._images[scene]
+
+    def draw(self, scene: str, rng) -> list[dict]: # one a question, see `LookBatches`
         s, found = self.settings, []
         for q in np.resize(rng.permutation(len(self.of[scene])), s.mined_questions):
             of = self.of[scene][q]
@@ -319,39 +324,39 @@ class LookBatches:
         mine = [scenes[int(orders[w // len(scenes)][w % len(scenes)])] for w in where]
         return self.of(source, mine, [np.random.default_rng((s.seed, i, w)) for w in where])
 
-    def of(self, source, scenes: list[int], rngs: list) -> dict:
+    def of(self, source, scenes: list, rngs: list) -> dict:
         "Some scenes' questions and candidates: covered, iou, recall, precision of each, and the patches of each question's answer."
         drawn = [source.draw(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
         stack = lambda name: np.stack([np.stack([d[name] for d in of]) for of in drawn]).astype(np.float32)
         target = stack("target") / 255
         target = (target >= 0.5 * target.max(-1, keepdims=True)) & (target > 0)  # half covered, or half as covered as the best patch
-        return {"image": source.pack.image[scenes], "scene": scenes, "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
+        return {"image": [source.image(k) for k in scenes], "scene": scenes, "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
                 "covered": torch.from_numpy(stack("covered") / 255), **{n: torch.from_numpy(stack(n)) for n in ("iou", "recall", "precision")}}
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #deacb0f0
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #9fd358c1
 def train_looks(loaded: Internvl, pack: Pack, pool: str | Path, folder: str | Path, mined: Mined | None = None, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                 profile: Settings | None = None, watched: int = 100, **changes) -> Internvl:
-    "Learn to score what is in the pool and what was `mined` from the pack; `validation` was mined from scenes that no training sees, `watched` of its questions are scored at every checkpoint."
+    "Learn to score what is in the pool and what was `mined`; `validation` was mined from scenes that no training sees, `watched` of its questions are scored at every checkpoint."
     s, profile = load_section(LookTraining, "tiny.evaluator", **changes), (profile or Settings.load("tiny")).with_(group_size=1)  # it never sees a group
     trainee = LookTrainee(loaded, s, profile).to(device)
     def check(m, step):
         m.settle()
         return summary_of(score_mined(InternvlEvaluator(loaded, profile), validation, range(min(len(validation), watched))))
-    batches = LookBatches(Candidates(pack, pool, s), None if mined is None else MinedCandidates(pack, mined, s, trainee.eyes.grid))
+    batches = LookBatches(Candidates(pack, pool, s), None if mined is None else MinedCandidates(mined, s, trainee.eyes.grid))
     fit(trainee, batches, s, Path(folder) / "run-scores", trainee.groups(), validate=check if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
     trainee.settle()
     loaded.model.eval()
     if PartialState().is_main_process: save_evaluator(loaded, Path(folder) / "evaluator", torch.bfloat16)
     return loaded
 
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #cfd4093a
+# %% ../../nbs/api/train_evaluator_tiny.ipynb #bbab851c
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.evaluator_tiny`: find candidates in a pack, then learn to score them, from the generator on."
     p = argparse.ArgumentParser(prog="rea2seg.train.evaluator_tiny", description=main.__doc__)
     p.add_argument("step", choices=("pool", "train"))
     p.add_argument("--generator", default="embedded:generator"); p.add_argument("--pack", required=True); p.add_argument("--pool", required=True, help="folder of the candidates")
     p.add_argument("--shard", default="0/1", metavar="I/N", help="pool: part I of N; start one process for each")
-    p.add_argument("--mined", action="append", help="train: what `rea2seg mine` wrote for the pack, read too; may be repeated")
+    p.add_argument("--mined", action="append", help="train: what `rea2seg mine` wrote, read too; may be repeated")
     p.add_argument("--validation", help="train: mined held-out questions"); p.add_argument("--start", help="an evaluator to continue from, in place of the generator's weights")
     p.add_argument("--out", default="runs/evaluator"); p.add_argument("--minutes", type=float)
     p.add_argument("--scenes", type=int); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")

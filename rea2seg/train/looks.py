@@ -129,9 +129,9 @@ def lay_out_looks(
     near = (order[:, None] >= order) & ((number == 0) | (number == number[:, None]))
     return LookRows(ids, place, near & real[:, :, None] | torch.eye(len(order), dtype=torch.bool), N)
 
-# %% ../../nbs/api/train_looks.ipynb #128f8465
+# %% ../../nbs/api/train_looks.ipynb #7b02028c
 class LookTrainee(nn.Module):
-    "Scores of candidates; `forward(batch, step)` with image uint8[B,H,W,3], scene (numbers), questions (texts, B x Q) and float[B,Q,M,...]: covered [T], iou, recall, precision; target bool[B,Q,T]."
+    "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q) and float[B,Q,M,...]: covered [T], iou, recall, precision; target bool[B,Q,T]."
     progress = 0.0
     def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
         super().__init__()
@@ -146,7 +146,7 @@ class LookTrainee(nn.Module):
         if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
         if len(self.eyes.told) != len(lm.layers) - settings.frozen_layers: raise ValueError(f"{len(self.eyes.told)} layers are told of masks, [tiny.evaluator] frozen_layers leaves {len(lm.layers) - settings.frozen_layers} that learn")
         self.prefix, self.after = self._cut("")
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[object, Tensor] = {}
         loaded.model.requires_grad_(False)
         for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, *self.eyes.outline.parameters()): p.requires_grad_(True)
         self.written = nn.Parameter(lm.embed_tokens.weight[self.digits].detach().clone())  # the digits' rows, which alone of the words learn
@@ -173,7 +173,7 @@ class LookTrainee(nn.Module):
         self.model.get_input_embeddings().weight[self.digits] = self.written
 
     @torch.no_grad()
-    def see(self, image: Tensor, scenes: list[int]) -> Tensor: # float[B,T,d]
+    def see(self, image: list[Tensor], scenes: list) -> Tensor: # float[B,T,d]
         "Photo tokens; eyes that do not learn see each scene once, and what they saw is kept (131 kB a scene at 256 tokens of 256)."
         if new := [b for b, k in enumerate(scenes) if k not in self._seen]:
             pixels = torch.cat([self.builder.photo(image[b].cpu().numpy()) for b in new])
