@@ -239,10 +239,10 @@ def test_candidates_of_a_scene(pack, pool, generator, tmp_path):
     for scene, c in found.of.items():
         n, answers = c["iou"].shape
         assert c["covered"].shape == (n, 256) and len(c["answer"]) == len(pack.questions[scene]) == len(c["attention"]) and answers == c["answer"].max() + 1
-        assert np.allclose(c["attention"].astype(float).sum(1), 1, atol=0.9) and c["iou"].max(0).mean() > 0.6  # most answers are found
+        assert 0.05 < c["attention"].astype(float).sum(1).min() and c["attention"].astype(float).sum(1).max() < 1.001 and c["iou"].max(0).mean() > 0.6  # most answers are found
         area = c["covered"].astype(float).sum(1) / 255
         target = c["target"].astype(float).sum(1) / 255
-        assert np.allclose(c["recall"] * target[None], c["precision"] * area[:, None], atol=0.02 * 256)  # both are the overlap
+        assert np.allclose(c["recall"] * target[None], c["precision"] * area[:, None], atol=1.0)  # both are the overlap
     seen = [found.pick(0, q, np.random.default_rng(q)) for q in range(len(pack.questions[0]))]
     c = found.of[0]
     for q, chosen in enumerate(seen):
@@ -269,6 +269,8 @@ def test_a_pool_goes_on_where_it_was_stopped(pack, pool, generator, tmp_path):
     with pytest.raises(ValueError, match="another pack or other settings: settings differ"): build_pool(generator, pack, tmp_path / "pool", load_section(PoolSettings, "tiny.pool", clicks=3), progress=False)
     other = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [pack.questions[0], pack.questions[1][:1]], pack.seeds)
     with pytest.raises(ValueError, match="other settings: pack differ"): build_pool(generator, other, tmp_path / "pool", s, progress=False)
+    silent = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [[], []], pack.seeds)
+    with pytest.raises(ValueError, match="no scene of the pack has a question"): build_pool(generator, silent, tmp_path / "silent", s, progress=False)
     with pytest.raises(ValueError, match="with the layers whose attention counts"): build_pool(load_generator("embedded:generator"), pack, tmp_path / "pool", s, progress=False)
     with pytest.raises(ValueError, match="scene 1 has 1 questions here"): Candidates(other, tmp_path / "pool", settings())
 

@@ -209,6 +209,7 @@ def build_pool(
         raise ValueError(f"{folder} holds candidates of another pack or other settings: {', '.join(k for k in made_for if there.get(k) != made_for[k])} differ")
     _replace(folder / "pool.json", lambda f: f.write(json.dumps(made_for).encode()))
     texts = sorted({q["q"] for qs in pack.questions for q in qs})
+    if not texts: raise ValueError("no scene of the pack has a question")
     v, (H, W) = generator.model.config.vision_config, pack.part_map.shape[1:]
     prompts = dict(zip(texts, prompts_of(generator, texts, (H // v.patch_size) * (W // v.patch_size)), strict=True))
     prefix, rest, grid = prompts[texts[0]][0], {t: p[1] for t, p in prompts.items()}, position_grid(generator.sam, (H, W)).detach()

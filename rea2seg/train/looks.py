@@ -145,7 +145,7 @@ class LookTrainee(nn.Module):
         self.mask_ids = self.builder.stages("", [0], False)[0][0] + enc.text("0.")
         if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
         if len(self.eyes.told) != len(lm.layers) - settings.frozen_layers: raise ValueError(f"{len(self.eyes.told)} layers are told of masks, [tiny.evaluator] frozen_layers leaves {len(lm.layers) - settings.frozen_layers} that learn")
-        self.prefix, self.after = self._cut("")
+        self.prefix = self._cut("")[0]
         self._seen: dict[object, Tensor] = {}
         loaded.model.requires_grad_(False)
         for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, *self.eyes.outline.parameters()): p.requires_grad_(True)
