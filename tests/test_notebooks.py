@@ -10,6 +10,9 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from rea2seg import Rea2Seg
+from rea2seg.demo import demo_sample
+
 ROOT = Path(__file__).resolve().parents[1]
 API, STUDY = sorted((ROOT / "nbs" / "api").glob("*.ipynb")), sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 HEADS = 3 # notebook cells before which title, summary and default_exp must have come
@@ -110,3 +113,12 @@ def test_pinned_packages_run_on_the_oldest_python_we_name():
     wants = {name: installed[canonicalize_name(name)].metadata["Requires-Python"] for name, version in pins.items()
              if canonicalize_name(name) in installed and installed[canonicalize_name(name)].version == version}
     assert len(wants) > 50 and not {n: w for n, w in wants.items() if w and oldest not in SpecifierSet(w)}
+
+
+def test_the_quick_start_prints_what_the_readme_shows():
+    said = re.search(r"(\d+) candidates; selected: (\w+) score ([\d.]+) \((\d+), (\d+)\) (\d+) pixels", (ROOT / "README.md").read_text())
+    sample = demo_sample()
+    seg = Rea2Seg.from_profile("tiny").segment(sample.load_image(), sample.question)
+    assert sample.question in (ROOT / "README.md").read_text()
+    assert (len(seg.candidates), seg.candidates.sources[0], seg.mask.shape) == (int(said[1]), said[2], (int(said[4]), int(said[5])))
+    assert abs(seg.score - float(said[3])) < 0.011 and abs(int(seg.mask.sum()) - int(said[6])) <= 0.02 * int(said[6])
