@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .eyes import mask_figures
 from .groups import GroupScorer, GroupScores, ViewStyle, draw_masks
 from .internvl import Internvl
 from .looks import Glance, Looking
@@ -317,7 +318,7 @@ class InternvlEvaluator(GroupScorer):
             return photo, [(f, None) for f in seen]
         eyes = self.model.model.vision_tower
         covered = eyes.coverage(masks)
-        return self._pictures(image, masks[:0])[0][0], [(t, Glance(0, v, c)) for t, v, c in zip(*eyes.see_masks(covered), covered)]
+        return self._pictures(image, masks[:0])[0][0], [(t, Glance(0, v, c)) for t, v, c in zip(*eyes.see_masks(covered, mask_figures(masks).to(covered.device)), covered)]
 
     def _pictures(self, image: np.ndarray, masks: Tensor) -> tuple[list[Tensor], list[Tensor]]: # float[tokens,C] of the photo, of each mask's picture
         "What the vision tower says, by content."

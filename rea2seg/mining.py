@@ -150,6 +150,7 @@ def add_arguments(p: argparse.ArgumentParser):
     p.add_argument("--split", help="train, val or test, as far as the data has them")
     p.add_argument("--limit", type=int, help="so many samples: of packs the first, else drawn with the seed")
     p.add_argument("--per-image", type=int, metavar="N", help="N questions of every picture, spread over the categories (default: all)")
+    p.add_argument("--shares", choices=("categories", "benchmark"), default="categories", help="which questions of a pack's picture --per-image takes: the categories in turn, or sub-types as often as the benchmark has them (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the drawn samples and questions (default: %(default)s)")
     p.add_argument("--shard", default="0/1", metavar="I/N", help="mine part I of N of the pictures; start one process for each")
     p.add_argument("--no-resume", action="store_true", help="start afresh")
@@ -170,7 +171,8 @@ def run(args) -> int:
     shard, settings = parse_shard(args.shard), Settings.load(args.profile, **parse_changes(args.changes))
     if args.generator: settings = settings.with_(generator=args.generator)
     packs = args.data.startswith("pack:")
-    options = {"per_image": args.per_image} if packs else {}
+    if args.shares != "categories" and not packs: raise RunError(f"--shares {args.shares} is for packs, got --data {args.data}")
+    options = {"per_image": args.per_image} | ({"shares": args.shares} if args.shares != "categories" else {}) if packs else {}
     samples = load_samples(args.data, args.split, args.limit, args.seed, **options)
     print(f"{args.data}: {len(samples)} samples", file=sys.stderr)
     device = pick_device(args.device)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from rea2seg.checkpoints import CheckpointError, resolve
 from rea2seg.data.sources import load_samples
 from rea2seg.evaluator_internvl import InternvlEvaluator, Rows
-from rea2seg.eyes import Eyes, EyesConfig
+from rea2seg.eyes import Eyes, EyesConfig, mask_figures
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, new_internvl, save_evaluator
 from rea2seg.lens_files import save_generator
@@ -18,7 +18,7 @@ from rea2seg.mined import read_mined
 from rea2seg.mining import mine
 from rea2seg.settings import Settings, load_section
 from rea2seg.train.evaluator import builder_of
-from rea2seg.train.evaluator_tiny import Candidates, EvaluatorShape, LookBatches, MinedCandidates, PoolSettings, build_pool, evaluator_from, main, overlaps, train_looks
+from rea2seg.train.evaluator_tiny import EvaluatorShape, LookBatches, Pointing, Scoring, batch_of, evaluator_from, main, overlaps, pointed, train_looks
 from rea2seg.train.generator import patchify
 from rea2seg.train.loop import fit
 from rea2seg.train.looks import LookTrainee, LookTraining, look_losses, rank_loss, soft_digits
@@ -44,8 +44,14 @@ def generator(): return load_generator("embedded:generator", layers=Settings.loa
 
 
 @pytest.fixture(scope="module")
-def pool(generator, pack, tmp_path_factory):
-    return build_pool(generator, pack, tmp_path_factory.mktemp("pool"), load_section(PoolSettings, "tiny.pool", scenes_per_part=1), progress=False)
+def mined_folder(generator, pack_folder, tmp_path_factory):
+    folder, spec = tmp_path_factory.mktemp("mined"), f"pack:{pack_folder}"
+    mine(generator, Settings.load("tiny", seed_points=6), load_samples(spec, per_image=2), folder, 2, progress=False, data=dict(spec=spec, split=None, limit=None, seed=0, options=dict(per_image=2)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mined(mined_folder): return read_mined(mined_folder)
 
 
 @pytest.fixture
@@ -57,12 +63,13 @@ def moved(loaded):
     "Weights with which everything that can be looked at counts."
     g, eyes = torch.Generator().manual_seed(3), loaded.model.model.vision_tower
     with torch.no_grad():
-        for p, std in ((eyes.look, 0.3), (eyes.outline.weight, 0.05)): p += std * torch.randn(p.shape, generator=g)
+        for p, std in ((eyes.look, 0.3), (eyes.outline.weight, 0.05), (eyes.figure.weight, 0.1)): p += std * torch.randn(p.shape, generator=g)
         for layer in loaded.model.model.language_model.layers[10:]: layer.self_attn.o_proj.weight.normal_(std=0.05, generator=g)
     return loaded
 
 
-def settings(**changes): return load_section(LookTraining, "tiny.evaluator", **dict(dict(masks=4, questions=3, batch_size=2, precision="no", steps=8, warmup_steps=1, log_every=1), **changes))
+FEW = dict(masks=4, questions=2, point_questions=3, batch_size=2, precision="no", steps=8, warmup_steps=1, log_every=1)
+def settings(**changes): return load_section(LookTraining, "tiny.evaluator", **FEW | changes)
 def trainee_of(loaded, **changes): return LookTrainee(loaded, settings(**changes), Settings.load("tiny", **PROFILE))
 
 
@@ -114,10 +121,10 @@ def test_training_reads_what_scoring_reads(loaded, pack):
 
 def test_what_stands_side_by_side_does_not_see_each_other(moved):
     trainee = trainee_of(moved).eval()
-    photo, covered = 3 * torch.randn(1, 256, 256), trainee.eyes.coverage(some_masks())
+    photo, covered, figures = 3 * torch.randn(1, 256, 256), trainee.eyes.coverage(some_masks()), mask_figures(some_masks())
     with torch.no_grad():
-        together = trainee.scores(photo, [TEXTS], covered.expand(1, 3, 4, 256))
-        alone = [trainee.scores(photo, [[t]], c.expand(1, 1, 1, 256)) for t in TEXTS for c in covered]
+        together = trainee.scores(photo, [TEXTS], covered.expand(1, 3, 4, 256), figures.expand(1, 3, 4, 9))
+        alone = [trainee.scores(photo, [[t]], c.expand(1, 1, 1, 256), f.expand(1, 1, 1, 9)) for t in TEXTS for c, f in zip(covered, figures, strict=True)]
     assert together["tenths"].std(2).min() > 1e-4  # masks make a difference
     for k in ("tenths", "expected"): assert torch.allclose(together[k].flatten(0, 2), torch.cat([a[k].flatten(0, 2) for a in alone]), atol=2e-4), k
     assert torch.allclose(together["cover"].flatten(1, 3), torch.cat([a["cover"].flatten(1, 3) for a in alone], 1), atol=2e-4)
@@ -133,7 +140,7 @@ def test_scoring_has_the_logits_of_training(moved, pack):
     evaluator = InternvlEvaluator(moved, Settings.load("tiny", **PROFILE))
     enc = evaluator.builder.encoder
     with torch.no_grad():
-        found = trainee.scores(trainee.see(pack.image[:1], [0]), [TEXTS], trainee.eyes.coverage(masks).expand(1, 3, 4, 256))
+        found = trainee.scores(trainee.see(pack.image[:1], [0]), [TEXTS], trainee.eyes.coverage(masks).expand(1, 3, 4, 256), mask_figures(masks).expand(1, 3, 4, 9))
         photo, shown = evaluator._features(image, masks)
         for k, text in enumerate(TEXTS):
             ids, rows = evaluator.builder.opening(text, 1), Rows(moved.model)
@@ -160,10 +167,11 @@ def test_masks_and_pictures_of_any_size(moved):
     assert torch.isfinite(got).all() and len(got) == 2  # an empty mask, too
 
 
-def test_scores_fall_into_place(loaded, pack, pool, tmp_path):
+def test_scores_fall_into_place(loaded, pack, mined, tmp_path):
     trainee = trainee_of(loaded)
-    batch = LookBatches(Candidates(pack, pool, trainee.settings))(0, 0, 1)
-    assert batch["covered"].shape == (2, 3, 4, 256) and float(batch["iou"].max()) > 0.6
+    found = Scoring(mined, trainee.settings)
+    batch = batch_of(found, found.scenes, [np.random.default_rng(k) for k in range(2)])
+    assert batch["covered"].shape == (2, 2, 4, 256) and float(batch["iou"].max()) > 0.6
     history = fit(trainee, lambda *_: batch, settings(learning_rate=1e-3, steps=12), tmp_path, cpu=True, progress=False)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"] and history[-1]["digits"] < history[0]["digits"]
     trainee.settle(); loaded.model.eval()
@@ -172,13 +180,15 @@ def test_scores_fall_into_place(loaded, pack, pool, tmp_path):
     a, b = (InternvlEvaluator(x, Settings.load("tiny", **PROFILE)).score(pack.image[0].numpy(), "the cube", some_masks()).ious for x in (loaded, again))
     assert again.tokens_per_mask == 2 and torch.allclose(a, b, atol=0.03)  # bfloat16 on disk
     with torch.no_grad():
-        found = trainee.eval().scores(trainee.see(pack.image[:1], [0]), [["the cube"]], trainee.eyes.coverage(some_masks()).expand(1, 1, 4, 256))
+        found = trainee.eval().scores(trainee.see(pack.image[:1], [0]), [["the cube"]], trainee.eyes.coverage(some_masks()).expand(1, 1, 4, 256), mask_figures(some_masks()).expand(1, 1, 4, 9))
     assert torch.allclose(found["expected"][0, 0], a, atol=0.06)  # tenths against the whole distribution of digits
 
 
-def test_only_the_last_layers_learn(loaded, pack, pool, tmp_path):
+def test_only_the_last_layers_learn(loaded, pack, mined, tmp_path):
     before = {n: p.clone() for n, p in loaded.model.state_dict().items()}
-    train_looks(loaded, pack, pool, tmp_path, profile=Settings.load("tiny", **PROFILE), steps=2, batch_size=2, masks=4, questions=3, warmup_steps=1, log_every=1, save_every=2, precision="no")
+    train_looks(loaded, pack, tmp_path, mined, mined, profile=Settings.load("tiny", **PROFILE), watched=2, **FEW | dict(steps=2, save_every=2, point_share=0.5))
+    log = [json.loads(line) for line in (tmp_path / "run-scores" / "log.jsonl").read_text().splitlines()]
+    assert "digits" in log[0] and "pointed" in log[1] and {"val_pointed", "val_giou", "val_spearman"} <= log[2].keys()  # one step of each kind, then what is held out
     changed = {n for n, p in loaded.model.state_dict().items() if not torch.equal(p, before[n])}
     kept = load_section(LookTraining, "tiny.evaluator").frozen_layers
     assert {n.split(".layers.")[1].split(".")[0] for n in changed if ".layers." in n} == {str(k) for k in range(kept, 13)}
@@ -232,51 +242,40 @@ def test_the_two_ways_to_see_a_mask_are_not_mixed_up(loaded):
     with pytest.raises(ValueError, match="looks at pictures of masks, not through them"): LookTrainee(new_internvl(), settings(), Settings.load("tiny", **PROFILE))
     with pytest.raises(ValueError, match="must be 5 tokens, prompt 'turns' takes"): LookTrainee(loaded, settings(), Settings.load("tiny", **PROFILE | dict(prompt="turns")))
     with pytest.raises(ValueError, match="6 layers are told of masks, .* leaves 5 that learn"): trainee_of(loaded, frozen_layers=8)
+    with pytest.raises(ValueError, match="must be layers of 7 to 12, got 6 and 11"): trainee_of(loaded, attention_first=6)
 
 
-def test_candidates_of_a_scene(pack, pool, generator, tmp_path):
-    found = Candidates(pack, pool, settings(masks=6, good_share=1.0, own_share=1.0))
-    for scene, c in found.of.items():
-        n, answers = c["iou"].shape
-        assert c["covered"].shape == (n, 256) and len(c["answer"]) == len(pack.questions[scene]) == len(c["attention"]) and answers == c["answer"].max() + 1
-        assert 0.05 < c["attention"].astype(float).sum(1).min() and c["attention"].astype(float).sum(1).max() < 1.001 and c["iou"].max(0).mean() > 0.6  # most answers are found
-        area = c["covered"].astype(float).sum(1) / 255
-        target = c["target"].astype(float).sum(1) / 255
-        assert np.allclose(c["recall"] * target[None], c["precision"] * area[:, None], atol=1.0)  # both are the overlap
-    seen = [found.pick(0, q, np.random.default_rng(q)) for q in range(len(pack.questions[0]))]
-    c = found.of[0]
-    for q, chosen in enumerate(seen):
-        assert len(set(chosen)) == 6 and {c["initial"][q], *c["own"][q]} <= {*chosen, -1}
-        iou, looked_at = c["iou"][:, c["answer"][q]], np.argsort(-c["attention"][q].astype(float), kind="stable")[:30]
-        reachable = iou[(c["covered"][:, looked_at] > 102).any(1)].max()
-        assert reachable < max(iou.max() - 0.08, 0.3) or iou[chosen].max() >= iou.max() - 0.09
-    assert seen[0] == found.pick(0, 0, np.random.default_rng(0))
-    asked = found.asked(1, np.random.default_rng(2))
-    assert len(set(asked)) == 3 and len({pack.questions[1][q]["c"] for q in asked}) > 1  # no question twice, categories in turn
-    with pytest.raises(FileNotFoundError, match="no pool-"): Candidates(pack, tmp_path, settings())
-    with pytest.raises(ValueError, match="no scene of the pack has 500 candidates"): Candidates(pack, pool, settings(masks=500))
+def test_a_pack_is_asked_about_in_the_benchmarks_shares(pack):
+    asked, kinds = settings(point_questions=2, warmup_share=0.25), [("spatial", "distance"), ("multi-step", "counting"), ("multi-step", "counting"), ("warmup", "part")]
+    questions = [{"q": f"{k}", "a": [0], "c": c, "s": s} for k, (c, s) in enumerate(kinds)]
+    few = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [questions, []], pack.seeds)
+    found = Pointing(few, asked)
+    assert found.scenes == [0] and found.weights[0] == pytest.approx([0.75 * 46 / 1190, 0.75 * 42 / 1190 / 2, 0.75 * 42 / 1190 / 2, 0.25])
+    with pytest.raises(ValueError, match="no scene of the pack has a question of the benchmark's sub-types"): Pointing(Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [[], []], pack.seeds), asked)
+    drawn = Pointing(pack, settings(point_questions=40)).draw(1, np.random.default_rng(0))
+    hard = {q["q"] for q in pack.questions[1]}
+    assert len(drawn) == 40 and {d["question"] for d in drawn} == hard  # repeats only where a scene has few
+    for d in drawn:
+        parts = next(q["a"] for q in pack.questions[1] if q["q"] == d["question"])
+        shown = np.isin(pack.part_map[1].numpy(), parts).reshape(16, 16, 16, 16).mean((1, 3)).ravel()
+        assert ((d["target"] > 0) == ((shown >= 0.5 * min(shown.max(), 1)) & (shown > 0))).all() and d["covered"].shape == (1, 256) and d["covered"].all()
 
 
-def test_a_pool_goes_on_where_it_was_stopped(pack, pool, generator, tmp_path):
-    s = load_section(PoolSettings, "tiny.pool", scenes_per_part=1)
-    shutil.copytree(pool, tmp_path / "pool")
-    files = sorted((tmp_path / "pool").glob("pool-*.npz")); assert len(files) == 2
-    kept = files[0].stat().st_mtime_ns; files[1].unlink()
-    build_pool(generator, pack, tmp_path / "pool", s, (0, 2), progress=False); assert not files[1].exists()  # the other process' part
-    build_pool(generator, pack, tmp_path / "pool", s, (1, 2), progress=False)
-    assert files[0].stat().st_mtime_ns == kept and not list((tmp_path / "pool").glob("*.tmp"))
-    with np.load(files[1]) as a, np.load(pool / files[1].name) as b: assert all(np.array_equal(a[k], b[k]) for k in b.files)
-    with pytest.raises(ValueError, match="another pack or other settings: settings differ"): build_pool(generator, pack, tmp_path / "pool", load_section(PoolSettings, "tiny.pool", clicks=3), progress=False)
-    other = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [pack.questions[0], pack.questions[1][:1]], pack.seeds)
-    with pytest.raises(ValueError, match="other settings: pack differ"): build_pool(generator, other, tmp_path / "pool", s, progress=False)
-    silent = Pack(pack.image, pack.part_map, pack.part_object, pack.part_attributes, [[], []], pack.seeds)
-    with pytest.raises(ValueError, match="no scene of the pack has a question"): build_pool(generator, silent, tmp_path / "silent", s, progress=False)
-    with pytest.raises(ValueError, match="with the layers whose attention counts"): build_pool(load_generator("embedded:generator"), pack, tmp_path / "pool", s, progress=False)
-    with pytest.raises(ValueError, match="scene 1 has 1 questions here"): Candidates(other, tmp_path / "pool", settings())
+def test_pointing_pulls_attention_onto_the_target(loaded, pack, tmp_path):
+    trainee = trainee_of(loaded)
+    source = Pointing(pack, trainee.settings)
+    batch = batch_of(source, source.scenes, [np.random.default_rng(k) for k in range(2)])
+    assert "iou" not in batch and batch["target"].any(-1).all()
+    before = pointed(trainee, source, source.scenes)
+    history = fit(trainee, lambda *_: batch, settings(learning_rate=1e-3, steps=10), tmp_path, cpu=True, progress=False)
+    assert history[-1]["point"] < 0.8 * history[0]["point"] and history[-1]["pointed"] > history[0]["pointed"] + 0.05
+    assert all(p.grad is None or not p.grad.any() for p in (trainee.eyes.look, trainee.eyes.outline.weight, trainee.eyes.figure.weight))  # what reads masks is left alone
+    assert pointed(trainee.eval(), source, source.scenes) > before
 
 
-def test_processes_share_the_scenes(pack, pool):
-    batches = LookBatches(Candidates(pack, pool, settings()))
+def test_processes_share_the_scenes(pack, mined):
+    s = settings(point_share=0.5)
+    batches = LookBatches(Pointing(pack, s), Scoring(mined, s))
     whole, parts = batches(0, 0, 1), [batches(0, r, 2) for r in (0, 1)]
     assert whole["scene"] == [s for p in parts for s in p["scene"]] and whole["questions"] == [q for p in parts for q in p["questions"]]
     assert torch.equal(whole["iou"], torch.cat([p["iou"] for p in parts]))
@@ -293,41 +292,37 @@ def test_losses_prefer_the_truth():
 
 
 def test_attention_losses_pull_where_the_target_is(loaded):
-    "By hand: two layers count, and of the masks only those that have the target inside, or some of it outside."
+    "By hand: two of six layers count, and of the masks only those that have the target inside, or some of it outside."
     s, T = settings(), 6
     true = {"iou": torch.tensor([[[0.5, 0.0]]]), "recall": torch.tensor([[[0.5, 0.0]]]), "precision": torch.tensor([[[1.0, 0.0]]]), "target": torch.tensor([[[True, True, False, False, False, False]]])}
-    attention = torch.full((3, 1, 1, 2, 4, T), 1 / T)
-    found = {"tenths": torch.zeros(1, 1, 2, 10), "expected": torch.tensor([[[0.5, 0.2]]]), "cover": torch.zeros(3, 1, 1, 2, 2), "attention": attention}
+    attention = torch.full((6, 1, 1, 2, 4, T), 1 / T)
+    found = {"tenths": torch.zeros(1, 1, 2, 10), "expected": torch.tensor([[[0.5, 0.2]]]), "cover": torch.zeros(6, 1, 1, 2, 2), "attention": attention}
     _, log = look_losses(found, true, s)
     assert float(log["mass"]) == pytest.approx(2 / T) and float(log["inside"]) == pytest.approx(2 / T) and float(log["picked"]) == 0.5
     def loss_of(layer, mask, token):
         moved = attention.clone(); moved[layer, 0, 0, mask, token] = torch.eye(T)[0]
         return float(look_losses(found | {"attention": moved}, true, s)[0])
-    still = loss_of(2, 0, 2)  # the last layer may look where it likes
+    still = loss_of(5, 0, 2)  # the last layer may look where it likes, and so may the first ones
+    assert loss_of(2, 0, 2) == pytest.approx(still, abs=1e-6)
     assert still == pytest.approx(float(look_losses(found, true, s)[0]), abs=1e-6)
-    assert loss_of(0, 1, 0) == pytest.approx(still, abs=1e-6)  # nothing of the target is inside of the second mask
-    for layer, mask, token in ((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 3)): assert loss_of(layer, mask, token) < still - 1e-3
+    assert loss_of(3, 1, 0) == pytest.approx(still, abs=1e-6)  # nothing of the target is inside of the second mask
+    for layer, mask, token in ((3, 0, 0), (4, 0, 1), (3, 1, 1), (4, 1, 3)): assert loss_of(layer, mask, token) < still - 1e-3
 
 
-def test_the_command_finds_candidates_and_trains(pack_folder, tmp_path, monkeypatch, capsys):
+def test_the_command_trains(pack_folder, mined_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    base = ["--pack", str(pack_folder), "--pool", str(tmp_path / "pool")]
-    main(["pool", *base, "--scenes", "1", "--set", "clicks=4"])
-    few = [x for k, v in dict(steps=1, warmup_steps=1, batch_size=1, masks=3, questions=2, log_every=1, save_every=1).items() for x in ("--set", f"{k}={v}")]
-    main(["train", *base, "--scenes", "1", "--out", str(tmp_path / "out"), "--device", "cpu", *few])
-    assert load_internvl(tmp_path / "out" / "evaluator").tokens_per_mask == 2
-    log = [json.loads(line) for line in (tmp_path / "out" / "run-scores" / "log.jsonl").read_text().splitlines()]
-    assert {"loss", "within", "mass"} <= log[-1].keys()
-    for bad in ("2/2", "half"):
-        with pytest.raises(SystemExit): main(["pool", *base, "--shard", bad])
-        assert "I/N" in capsys.readouterr().err
+    few = [x for k, v in dict(FEW, steps=1, batch_size=1, save_every=1, point_share=0).items() for x in ("--set", f"{k}={v}")]
+    base = ["--pack", str(pack_folder), "--device", "cpu", *few]
+    main([*base, "--out", str(tmp_path / "first")])
+    assert "pointed" in json.loads((tmp_path / "first" / "run-scores" / "log.jsonl").read_text().splitlines()[-1])  # nothing mined: where to look
+    main([*base, "--out", str(tmp_path / "second"), "--start", str(tmp_path / "first" / "evaluator"), "--mined", str(mined_folder)])
+    assert {"loss", "within", "mass"} <= json.loads((tmp_path / "second" / "run-scores" / "log.jsonl").read_text().splitlines()[-1]).keys()
+    assert load_internvl(tmp_path / "second" / "evaluator").tokens_per_mask == 2
 
 
-def test_what_was_mined_is_read_too(loaded, pack, pool, pack_folder, generator, tmp_path):
-    spec = f"pack:{pack_folder}"
-    mine(generator, Settings.load("tiny", seed_points=6), load_samples(spec, per_image=2), tmp_path / "mined", 2, progress=False, data=dict(spec=spec, split=None, limit=None, seed=0, options=dict(per_image=2)))
-    mined, s = read_mined(tmp_path / "mined"), settings(mined_share=0.5, mined_questions=2, mined_masks=3)
-    found = MinedCandidates(mined, s)
+def test_what_was_mined_is_read(loaded, pack, mined):
+    s = settings(point_share=0.25, questions=2, masks=3)
+    found = Scoring(mined, s)
     assert sum(len(v) for v in found.of.values()) == len(mined) == 4 and len(found.scenes) == 2
     for name in found.scenes: assert any(torch.equal(found.image(name), image) for image in pack.image)
     for d in found.draw(found.scenes[0], np.random.default_rng(0)):
@@ -336,10 +331,9 @@ def test_what_was_mined_is_read_too(loaded, pack, pool, pack_folder, generator, 
         assert np.allclose(d["recall"] * target, d["precision"] * area, atol=1.5)  # both are the overlap, in patches
         both = d["recall"] * target
         assert np.allclose(d["iou"], both / (area + target - both), atol=0.06)
-    batches = LookBatches(Candidates(pack, pool, s), found)
-    sizes = [tuple(batches(i, 0, 1)["iou"].shape) for i in range(4)]
-    assert sizes == [(2, 3, 4), (2, 2, 3), (2, 3, 4), (2, 2, 3)]  # by turns
-    assert [tuple(LookBatches(Candidates(pack, pool, s))(i, 0, 1)["iou"].shape) for i in range(2)] == [(2, 3, 4)] * 2
+    batches = LookBatches(Pointing(pack, s), found)
+    assert ["iou" in batches(i, 0, 1) for i in range(8)] == [True, True, True, False] * 2
+    assert not any("iou" in LookBatches(Pointing(pack, s))(i, 0, 1) for i in range(4))
     loss, _ = LookTrainee(loaded, s, Settings.load("tiny", **PROFILE))(batches(1, 0, 1), 0)
     assert torch.isfinite(loss)
-    with pytest.raises(ValueError, match="no mined question has 250 candidates"): MinedCandidates(mined, settings(masks=500))
+    with pytest.raises(ValueError, match="no mined question has 250 candidates"): Scoring(mined, settings(masks=500))

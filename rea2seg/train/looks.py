@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_TOKENS', 'WANTED', 'LookTraining', 'soft_digits', 'rank_loss', 'LookMask', 'LookRows', 'lay_out_looks',
-           'LookTrainee', 'look_losses']
+           'LookTrainee', 'on_target', 'point_losses', 'look_losses']
 
 # %% ../../nbs/api/train_looks.ipynb #de0f71c2
 from dataclasses import dataclass, field
@@ -23,18 +23,11 @@ from .loop import LoopSettings
 @dataclass(frozen=True)
 class LookTraining(LoopSettings):
     "`[tiny.evaluator]`: the loop's numbers, what a step holds, and loss weights."
-    questions: int             # of each scene
+    questions: int             # of each scene, where candidates are scored
     masks: int                 # candidates of each question
-    own_share: float           # how often each of the masks of the question's own prompt is among them
-    good_share: float          # ... a nearly best one that a seed point may find
-    seeds: int                 # patches with most of the generator's attention, which find the rest
-    seed_cover: float          # share of such a patch that a mask must cover
-    tidy_iou: float            # masks that fit no answer of the scene so well
-    untidy_weight: float       # ... are drawn so much less often
-    mined_share: float         # share of the steps that read what was mined, where it is given,
-    mined_questions: int       # ... so many questions of each scene,
-    mined_masks: int           # ... so many candidates of each question
-    warmup_share: float        # share of the scenes whose easy questions count too
+    point_share: float         # share of the steps without candidates, which teach where to look; all of them where nothing was mined
+    point_questions: int       # of each scene, in these
+    warmup_share: float        # share of easy questions, in these
     digit_spread: float        # standard deviation of the digits' soft targets, in IoU
     positive_weight: float     # factor of scores whose true IoU is at least `positive_iou`
     positive_iou: float
@@ -42,6 +35,8 @@ class LookTraining(LoopSettings):
     rank_weight: float         # logistic ranking of the masks of one question
     rank_slope: float
     cover_weight: float        # cross-entropy of recall and precision, read off what the heads gather
+    attention_first: int       # layers whose attention is supervised, both included
+    attention_last: int
     attention_weight: float    # minus log of the attention mass on the target, where the score is written
     view_weight: float         # the same of the two tokens that see the photo through the mask
     inside_recall: float       # recall from which on the target counts as inside,
@@ -84,22 +79,23 @@ class LookMask(Looked):
     covered: Tensor              # float[B,Q,M,T]
     told: Tensor                 # float[layers,2,H,D], of the last layers
     first: int                   # the first of these layers
-    wanted: Tensor               # int[W], places in every block whose rows over the photo are kept, in these layers
+    wanted: Tensor               # int[W], places in every block's masks whose rows over the photo are kept, in these layers
     rows: list[Tensor] = field(default_factory=list) # float[B,H,Q,W,T] of each
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         P, L, M, never = self.prefix, self.near.shape[2], self.covered.shape[2], -3e4
-        q, blocks = q * scale, lambda t: t[:, :, P:].unflatten(2, (-1, L))
-        start = (q[:, :, :P] @ k[:, :, :P].mT).masked_fill(torch.ones(P, P, dtype=torch.bool, device=q.device).triu(1), never).softmax(-1) @ v[:, :, :P]
+        (q0, q), (k0, k), (v0, v) = (t.split([P, t.shape[2] - P], 2) for t in (q * scale, k, v))
+        blocks = lambda t: t.unflatten(2, (-1, L))
+        start = (q0 @ k0.mT).masked_fill(torch.ones(P, P, dtype=torch.bool, device=q.device).triu(1), never).softmax(-1) @ v0
         own = (blocks(q) @ blocks(k).mT).masked_fill(~self.near[:, None], never)
-        far = q[:, :, P:] @ k[:, :, :P].mT + self.views.to(q.dtype)
-        share = torch.cat([far.unflatten(2, (-1, L)), own], -1).softmax(-1)
-        out = (share[..., :P].flatten(2, 3) @ v[:, :, :P]).unflatten(2, (-1, L)) + share[..., P:] @ blocks(v)
+        far = q @ k0.mT + self.views.to(q.dtype)
+        far, own = torch.cat([blocks(far), own], -1).softmax(-1).split([P, L], -1)
+        out = blocks(far.flatten(2, 3) @ v0) + own @ blocks(v)
         if layer >= self.first:
-            on_photo = share[..., :P][..., self.photo]
-            self.rows.append(on_photo[..., self.wanted, :])
             K = len(MASK_TOKENS)
-            score = on_photo[..., L - M * K:, :].unflatten(3, (M, K))[..., 2:, :]           # [B,H,Q,M,K-2,T]
+            on_photo = far[..., L - M * K:, :][..., self.photo]                             # [B,H,Q,M*K,T]
+            self.rows.append(on_photo[..., self.wanted, :])
+            score = on_photo.unflatten(3, (M, K))[..., 2:, :]                               # [B,H,Q,M,K-2,T]
             extra = tell(score, self.covered[:, :, :, None], self.told[layer - self.first])
             out = out + F.pad(F.pad(extra, (0, 0, 2, 0)).flatten(3, 4), (0, 0, L - M * K, 0))
         return torch.cat([start, out.flatten(2, 3)], 2).transpose(1, 2)
@@ -131,7 +127,7 @@ def lay_out_looks(
 
 # %% ../../nbs/api/train_looks.ipynb #7b02028c
 class LookTrainee(nn.Module):
-    "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q) and float[B,Q,M,...]: covered [T], iou, recall, precision; target bool[B,Q,T]."
+    "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q), target bool[B,Q,T] and float[B,Q,M,...]: covered [T], figures [9], iou, recall, precision. Without the last three only where to look is learnt."
     progress = 0.0
     def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
         super().__init__()
@@ -145,10 +141,11 @@ class LookTrainee(nn.Module):
         self.mask_ids = self.builder.stages("", [0], False)[0][0] + enc.text("0.")
         if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
         if len(self.eyes.told) != len(lm.layers) - settings.frozen_layers: raise ValueError(f"{len(self.eyes.told)} layers are told of masks, [tiny.evaluator] frozen_layers leaves {len(lm.layers) - settings.frozen_layers} that learn")
+        if not settings.frozen_layers <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {settings.frozen_layers} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
         self.prefix = self._cut("")[0]
         self._seen: dict[object, Tensor] = {}
         loaded.model.requires_grad_(False)
-        for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, *self.eyes.outline.parameters()): p.requires_grad_(True)
+        for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
         self.written = nn.Parameter(lm.embed_tokens.weight[self.digits].detach().clone())  # the digits' rows, which alone of the words learn
         self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[settings.frozen_layers:]])  # recall and precision; serve training alone
 
@@ -163,7 +160,7 @@ class LookTrainee(nn.Module):
 
     def groups(self) -> list[dict]:
         "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
-        s, fast = self.settings, [self.written, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, *self.eyes.outline.parameters()]
+        s, fast = self.settings, [self.written, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
         taken = {id(p) for p in fast}
         return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
 
@@ -181,7 +178,7 @@ class LookTrainee(nn.Module):
             self._seen.update({scenes[b]: f.bfloat16() for b, f in zip(new, found, strict=True)})
         return torch.stack([self._seen[k] for k in scenes]).float()
 
-    def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T]
+    def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, masks_learn: bool = True) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
         "Everything read off: tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads)."
         lm, (B, Q, M, T), P, first, K = self.model.model.language_model, covered.shape, len(self.prefix), self.settings.frozen_layers, len(self.mask_ids)
         plan = lay_out_looks([[self._cut(q)[1] for q in of] for of in questions], M, self.mask_ids)
@@ -190,13 +187,14 @@ class LookTrainee(nn.Module):
         start = self.prefix.index(self.builder.encoder.ids["<IMG_CONTEXT>"])
         before = F.embedding(torch.tensor(self.prefix, device=device), words).expand(B, -1, -1)
         blocks = F.embedding(plan.ids.to(device), words)
-        tokens, views = self.eyes.see_masks(covered)
+        tokens, views = self.eyes.see_masks(covered, figures)
         masks = torch.cat([tokens, blocks[:, :, N:].unflatten(2, (M, K))[:, :, :, 2:]], 3).flatten(2, 3)
         embeds = torch.cat([before[:, :start], photo, before[:, start + T:], torch.cat([blocks[:, :, :N], masks], 2).flatten(1, 2)], 1)
+        if not masks_learn: embeds = embeds.detach()  # so the layers that stay as they are keep nothing for a way back
         onto = torch.zeros(B, Q, L, P, device=device)
         onto[:, :, N:].view(B, Q, M, K, P)[:, :, :, :2, start:start + T] = views.detach()
         mask = LookMask(P, plan.near.to(device), onto.flatten(1, 2)[:, None], slice(start, start + T), covered, self.eyes.told.unflatten(2, (lm.config.num_attention_heads, -1)), first,
-                        torch.tensor([N + m * K + w for m in range(M) for w in WANTED], device=device))
+                        torch.tensor([m * K + w for m in range(M) for w in WANTED], device=device))
         places = torch.cat([torch.arange(P).expand(B, P), plan.place.flatten(1) + P], 1).to(device)
         gathered = []
         hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: gathered.append(args[0])) for layer in lm.layers[first:]]
@@ -213,10 +211,27 @@ class LookTrainee(nn.Module):
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
         device = self.model.device
         photo = self.see(batch["image"], batch["scene"]).to(device)
-        found = self.scores(photo, batch["questions"], batch["covered"].to(device))
-        return look_losses(found, {k: batch[k].to(device) for k in ("iou", "recall", "precision", "target")}, self.settings)
+        scored = "iou" in batch
+        found, target = self.scores(photo, batch["questions"], batch["covered"].to(device), batch["figures"].to(device), scored), batch["target"].to(device)
+        if not scored: return point_losses(found["attention"], target, self.settings)
+        return look_losses(found, {"target": target} | {k: batch[k].to(device) for k in ("iou", "recall", "precision")}, self.settings)
 
 # %% ../../nbs/api/train_looks.ipynb #42001dbc
+def on_target(
+    attention: Tensor, # float[layers,B,Q,M,4,T] of the layers that are not frozen
+    target: Tensor,    # bool[B,Q,T]
+    s: LookTraining,
+) -> Tensor: # float[layers,B,Q,M,4]
+    "Attention mass on the target, of the layers that are supervised."
+    first, last = s.attention_first - s.frozen_layers, s.attention_last - s.frozen_layers
+    return (attention[first:last + 1] * target[:, :, None, None]).sum(-1)
+
+def point_losses(attention: Tensor, target: Tensor, s: LookTraining) -> tuple[Tensor, dict]: # loss, what is logged
+    "Where a score is written, attention is on the target; arguments as those of `on_target`."
+    mass = on_target(attention, target, s)[..., 2:]
+    loss = -(mass + 1e-4).log().mean()
+    return s.attention_weight * loss, {"point": loss.detach(), "pointed": mass[-1, ..., -1].mean().detach()}
+
 def look_losses(
     found: dict[str, Tensor],   # from `LookTrainee.scores`
     true: dict[str, Tensor],    # iou, recall, precision float[B,Q,M], target bool[B,Q,T]
@@ -231,7 +246,7 @@ def look_losses(
     rank = torch.stack([rank_loss(a, b, s.rank_slope) for a, b in zip(said.flatten(0, 1), iou.flatten(0, 1), strict=True)]).mean()
     truth = torch.stack([true["recall"], true["precision"]], -1).clamp(0, 1)
     cover = F.binary_cross_entropy_with_logits(found["cover"], truth.expand_as(found["cover"]), reduction="none").sum(-1).mean(0)
-    mass = (found["attention"][:-1] * true["target"][:, :, None, None]).sum(-1)  # the last layer may look where it likes
+    mass = on_target(found["attention"], true["target"], s)
     unlike = -(mass + 1e-4).log()
     mean = lambda v, where: (v * where).sum() / where.sum().clamp(min=1) / len(v)
     inside, outside = true["recall"] > s.inside_recall, true["recall"] < s.outside_recall

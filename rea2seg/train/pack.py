@@ -87,9 +87,9 @@ def mentions(
 # %% ../../nbs/api/train_pack.ipynb #8d14c089
 def _questions(job) -> tuple[list[dict], np.ndarray, np.ndarray]:
     "Everything about one scene that the CPU has to think about."
-    scene, facts, n, seed, size_hw = job
+    scene, facts, n, seed, size_hw, categories = job
     rng, view = np.random.default_rng(seed), View(scene, facts, size_hw)
-    found = [{"q": q.question, "a": answer_parts(scene, q.answer), "c": q.category, "s": q.subtype, "m": mentions(view, q.program, q.question)} for q in questions_for(view, rng=rng, n=n)]
+    found = [{"q": q.question, "a": answer_parts(scene, q.answer), "c": q.category, "s": q.subtype, "m": mentions(view, q.program, q.question)} for q in questions_for(view, rng=rng, n=n, categories=categories)]
     return found, part_objects(scene), part_attributes(scene)
 
 def _scene(job) -> Scene: return world_scene(*job)
@@ -106,6 +106,7 @@ def build_pack(
     device: str = "cpu",
     workers: int = 2,           # processes for layouts and questions, 0: this one
     shard: int = 256,           # scenes per shard
+    categories: tuple[str, ...] | None = None, # of the questions, see `wanted_subtypes`; None: all, warm-up included
     progress: bool = True,
 ) -> Path:
     "Sample, render and question scenes into `folder`; shards that exist are kept."
@@ -119,7 +120,7 @@ def build_pack(
         for k, start in enumerate(todo):  # while one shard is drawn, the workers lay out the next one and question the last one
             made, ahead = list(ahead), layouts(todo[k + 1]) if k + 1 < len(todo) else None
             seen = [r for i in range(0, len(made), 64) for r in render(made[i:i + 64], size_hw, device)]
-            waiting.append((start, made, seen, spread(_questions, [(sc, r.facts, questions, sc.seed, size_hw) for sc, r in zip(made, seen, strict=True)])))
+            waiting.append((start, made, seen, spread(_questions, [(sc, r.facts, questions, sc.seed, size_hw, categories) for sc, r in zip(made, seen, strict=True)])))
             if len(waiting) > 1: _finish(folder, waiting.pop(0)); bar.update()
         for job in waiting: _finish(folder, job); bar.update()
         bar.close()

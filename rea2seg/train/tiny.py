@@ -44,10 +44,10 @@ class PackSettings:
     @property
     def theme_list(self) -> tuple[str, ...]: return tuple(t.strip() for t in self.themes.split(","))
 
-def make_packs(folder: str | Path, device: str = "cpu", workers: int = 2, scenes: int | None = None, first: int = 0, questions: int | None = None) -> Path:
-    "The train pack, or scenes `first` to `first + scenes` of it; `questions` a scene at most."
+def make_packs(folder: str | Path, device: str = "cpu", workers: int = 2, scenes: int | None = None, first: int = 0, questions: int | None = None, categories: Sequence[str] | None = None) -> Path:
+    "The train pack, or scenes `first` to `first + scenes` of it; `questions` a scene at most, of these categories."
     s = load_section(PackSettings, "tiny.pack")
-    return build_pack(folder, scenes or s.scenes, s.theme_list, "train", 0, first, questions or s.questions, (s.size, s.size), device, workers)
+    return build_pack(folder, scenes or s.scenes, s.theme_list, "train", 0, first, questions or s.questions, (s.size, s.size), device, workers, categories=tuple(categories) if categories else None)
 
 def make_validation(folder: str | Path, device: str = "cpu", workers: int = 2, scenes: int | None = None) -> Path:
     "Scenes that no training sees."
@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None):
     p.add_argument("--validation"); p.add_argument("--out", default="runs/tiny"); p.add_argument("--sam", help="folder of a trained SAM")
     p.add_argument("--start", help="weights to continue from, with a fresh schedule")
     p.add_argument("--minutes", type=float); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--scenes", type=int); p.add_argument("--first", type=int, default=0); p.add_argument("--questions", type=int, help="of a scene of a pack, in place of settings.ini's"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    p.add_argument("--scenes", type=int); p.add_argument("--first", type=int, default=0); p.add_argument("--questions", type=int, help="of a scene of a pack, in place of settings.ini's"); p.add_argument("--categories", nargs="+", help="of a pack's questions; default all, warm-up included")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("--copies", type=int, nargs="+", help="layers that deepen copies")
     a = p.parse_args(argv)
     changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None):
         if not a.start or not a.validation: p.error("measure needs --start and --validation")
         print(json.dumps(measure_generator(load_generator(a.start, device=a.device), Pack.load(a.validation, a.scenes, a.device), **changes))); return
     if not a.pack: p.error(f"{a.step} needs --pack")
-    if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first, a.questions); return
+    if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first, a.questions, a.categories); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
     torch.set_float32_matmul_precision("high")
     pack = Pack.load(a.pack, a.scenes, device=a.device)
