@@ -1852,6 +1852,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.Scoring.__init__': ( 'api/train_evaluator_tiny.html#scoring.__init__',
                                                                                                  'rea2seg/train/evaluator_tiny.py'),
+                                              'rea2seg.train.evaluator_tiny.Scoring.candidates': ( 'api/train_evaluator_tiny.html#scoring.candidates',
+                                                                                                   'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.Scoring.draw': ( 'api/train_evaluator_tiny.html#scoring.draw',
                                                                                              'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.Scoring.image': ( 'api/train_evaluator_tiny.html#scoring.image',

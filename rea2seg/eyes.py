@@ -42,12 +42,11 @@ FIGURES = 9  # numbers about a mask's size and shape, see `mask_figures`
 def mask_figures(masks: Tensor) -> Tensor: # bool[N,H,W] -> float[N,9]
     "Share of the picture, its root and its logarithm (0 for 1/10,000, 1 for all); the box x0, y0, x1, y1 in [0, 1]; how full the box is; and length of the rim, in circumferences of a square of the same area. Zeros for an empty mask."
     N, H, W = masks.shape
-    m = masks.float()
-    area, rows, columns = m.flatten(1).sum(1), m.amax(2), m.amax(1)
-    ends = lambda line, n: (line.argmax(1), n - line.flip(1).argmax(1))
-    (y0, y1), (x0, x1) = ends(rows, H), ends(columns, W)
-    inner = -F.max_pool2d(-F.pad(m[:, None], (1, 1, 1, 1)), 3, 1)[:, 0]  # all eight neighbours are in the mask
-    rim, share = area - inner.flatten(1).sum(1), area / (H * W)
+    ends = lambda line, n: (line.int().argmax(1), n - line.flip(1).int().argmax(1))
+    (y0, y1), (x0, x1) = ends(masks.any(2), H), ends(masks.any(1), W)
+    inner = masks[:, 1:-1, 1:-1] & masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]  # all four neighbours are in the mask
+    area, within = (t.flatten(1).sum(1).float() for t in (masks, inner))
+    rim, share = area - within, area / (H * W)
     found = torch.stack([share, share.sqrt(), 1 + share.clamp(min=LEAST).log10() / 4, x0 / W, y0 / H, x1 / W, y1 / H, area / ((x1 - x0) * (y1 - y0)).clamp(min=1), rim / (4 * area.sqrt()).clamp(min=1)], 1)
     return found * (area > 0)[:, None]
 

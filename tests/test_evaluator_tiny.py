@@ -120,7 +120,7 @@ def test_training_reads_what_scoring_reads(loaded, pack):
 
 
 def test_what_stands_side_by_side_does_not_see_each_other(moved):
-    trainee = trainee_of(moved).eval()
+    trainee = trainee_of(moved, attention_first=7, attention_last=12).eval()
     photo, covered, figures = 3 * torch.randn(1, 256, 256), trainee.eyes.coverage(some_masks()), mask_figures(some_masks())
     with torch.no_grad():
         together = trainee.scores(photo, [TEXTS], covered.expand(1, 3, 4, 256), figures.expand(1, 3, 4, 9))
@@ -188,7 +188,7 @@ def test_only_the_last_layers_learn(loaded, pack, mined, tmp_path):
     before = {n: p.clone() for n, p in loaded.model.state_dict().items()}
     train_looks(loaded, pack, tmp_path, mined, mined, profile=Settings.load("tiny", **PROFILE), watched=2, **FEW | dict(steps=2, save_every=2, point_share=0.5))
     log = [json.loads(line) for line in (tmp_path / "run-scores" / "log.jsonl").read_text().splitlines()]
-    assert "digits" in log[0] and "pointed" in log[1] and {"val_pointed", "val_giou", "val_spearman"} <= log[2].keys()  # one step of each kind, then what is held out
+    assert "pointed" in log[0] and "digits" in log[1] and {"val_pointed", "val_giou", "val_spearman"} <= log[2].keys()  # one step of each kind, then what is held out
     changed = {n for n, p in loaded.model.state_dict().items() if not torch.equal(p, before[n])}
     kept = load_section(LookTraining, "tiny.evaluator").frozen_layers
     assert {n.split(".layers.")[1].split(".")[0] for n in changed if ".layers." in n} == {str(k) for k in range(kept, 13)}
@@ -213,7 +213,7 @@ def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
     size = lambda folder: sum(f.stat().st_size for f in folder.iterdir())
     shared = sum(p.numel() for m in (loaded.model.model.vision_tower.tower, *layers[:kept]) for p in m.parameters())
-    assert abs(size(whole) - size(home / "evaluator") - 2 * shared) < 2e4 and size(home / "evaluator") + size(home / "generator") < 45e6
+    assert abs(size(whole) - size(home / "evaluator") - 2 * shared) < 4e4 and size(home / "evaluator") + size(home / "generator") < 45e6
 
     (whole / "rea2seg.json").write_text(json.dumps({"shares": note}))
     with pytest.raises(CheckpointError, match="yet it has them"): load_internvl(whole)
@@ -241,8 +241,25 @@ def test_the_two_ways_to_see_a_mask_are_not_mixed_up(loaded):
     with pytest.raises(ValueError, match="evaluator_tiny` trains it"): builder_of(loaded, Settings.load("tiny", **PROFILE))
     with pytest.raises(ValueError, match="looks at pictures of masks, not through them"): LookTrainee(new_internvl(), settings(), Settings.load("tiny", **PROFILE))
     with pytest.raises(ValueError, match="must be 5 tokens, prompt 'turns' takes"): LookTrainee(loaded, settings(), Settings.load("tiny", **PROFILE | dict(prompt="turns")))
-    with pytest.raises(ValueError, match="6 layers are told of masks, .* leaves 5 that learn"): trainee_of(loaded, frozen_layers=8)
+    with pytest.raises(ValueError, match="must leave some of 13 layers to learn, got 13"): trainee_of(loaded, frozen_layers=13)
     with pytest.raises(ValueError, match="must be layers of 7 to 12, got 6 and 11"): trainee_of(loaded, attention_first=6)
+
+
+def test_figures_say_how_large_and_how_ragged_a_mask_is():
+    masks = torch.zeros(4, 20, 40, dtype=torch.bool)
+    masks[0, 4:12, 10:30] = True                     # 8 x 20, of whose pixels 52 are at the rim
+    masks[1, 4:12:2, 10:30] = True                   # every other row of it: nothing but rim
+    masks[2] = True
+    found = mask_figures(masks)
+    assert found[0].tolist() == pytest.approx([.2, .2 ** .5, 1 + np.log10(.2) / 4, .25, .2, .75, .6, 1, 52 / (4 * 160 ** .5)], abs=1e-5)
+    assert found[1].tolist() == pytest.approx([.1, .1 ** .5, .75, .25, .2, .75, .55, 80 / 140, 80 / (4 * 80 ** .5)], abs=1e-5)
+    assert found[2, [0, 2, 3, 4, 5, 6, 7]].tolist() == [1, 1, 0, 0, 1, 1, 1] and not found[3].any()
+
+
+def test_a_pack_of_some_categories(tmp_path):
+    build_pack(tmp_path, 1, ("clevr",), "val", 7, 0, 6, workers=0, progress=False, categories=("spatial", "geometric/size"))
+    kinds = {(q["c"], q["s"]) for q in Pack.load(tmp_path).questions[0]}
+    assert kinds and all(c == "spatial" or (c, s) == ("geometric", "size") for c, s in kinds)
 
 
 def test_a_pack_is_asked_about_in_the_benchmarks_shares(pack):
@@ -274,7 +291,7 @@ def test_pointing_pulls_attention_onto_the_target(loaded, pack, tmp_path):
 
 
 def test_processes_share_the_scenes(pack, mined):
-    s = settings(point_share=0.5)
+    s = settings(point_share=0)
     batches = LookBatches(Pointing(pack, s), Scoring(mined, s))
     whole, parts = batches(0, 0, 1), [batches(0, r, 2) for r in (0, 1)]
     assert whole["scene"] == [s for p in parts for s in p["scene"]] and whole["questions"] == [q for p in parts for q in p["questions"]]
@@ -292,21 +309,25 @@ def test_losses_prefer_the_truth():
 
 
 def test_attention_losses_pull_where_the_target_is(loaded):
-    "By hand: two of six layers count, and of the masks only those that have the target inside, or some of it outside."
+    "By hand: of the masks only those count that have the target inside, or some of it outside."
     s, T = settings(), 6
     true = {"iou": torch.tensor([[[0.5, 0.0]]]), "recall": torch.tensor([[[0.5, 0.0]]]), "precision": torch.tensor([[[1.0, 0.0]]]), "target": torch.tensor([[[True, True, False, False, False, False]]])}
-    attention = torch.full((6, 1, 1, 2, 4, T), 1 / T)
+    attention = torch.full((2, 1, 1, 2, 4, T), 1 / T)
     found = {"tenths": torch.zeros(1, 1, 2, 10), "expected": torch.tensor([[[0.5, 0.2]]]), "cover": torch.zeros(6, 1, 1, 2, 2), "attention": attention}
     _, log = look_losses(found, true, s)
     assert float(log["mass"]) == pytest.approx(2 / T) and float(log["inside"]) == pytest.approx(2 / T) and float(log["picked"]) == 0.5
     def loss_of(layer, mask, token):
         moved = attention.clone(); moved[layer, 0, 0, mask, token] = torch.eye(T)[0]
         return float(look_losses(found | {"attention": moved}, true, s)[0])
-    still = loss_of(5, 0, 2)  # the last layer may look where it likes, and so may the first ones
-    assert loss_of(2, 0, 2) == pytest.approx(still, abs=1e-6)
-    assert still == pytest.approx(float(look_losses(found, true, s)[0]), abs=1e-6)
-    assert loss_of(3, 1, 0) == pytest.approx(still, abs=1e-6)  # nothing of the target is inside of the second mask
-    for layer, mask, token in ((3, 0, 0), (4, 0, 1), (3, 1, 1), (4, 1, 3)): assert loss_of(layer, mask, token) < still - 1e-3
+    still = float(look_losses(found, true, s)[0])
+    assert loss_of(0, 1, 0) == pytest.approx(still, abs=1e-6)  # nothing of the target is inside of the second mask
+    for layer, mask, token in ((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 3)): assert loss_of(layer, mask, token) < still - 1e-3
+
+
+def test_only_some_layers_attention_is_supervised(loaded):
+    photo, covered, figures = torch.randn(1, 256, 256), torch.rand(1, 1, 1, 256), torch.rand(1, 1, 1, 9)
+    with torch.no_grad(): one, two, all_ = (trainee_of(loaded, attention_first=a, attention_last=b).eval().scores(photo, [["the cube"]], covered, figures)["attention"] for a, b in ((8, 8), (8, 9), (7, 12)))
+    assert (len(one), len(two), len(all_)) == (1, 2, 6) and torch.equal(one[0], two[0]) and torch.equal(two, all_[1:3])
 
 
 def test_the_command_trains(pack_folder, mined_folder, tmp_path, monkeypatch):
@@ -332,7 +353,7 @@ def test_what_was_mined_is_read(loaded, pack, mined):
         both = d["recall"] * target
         assert np.allclose(d["iou"], both / (area + target - both), atol=0.06)
     batches = LookBatches(Pointing(pack, s), found)
-    assert ["iou" in batches(i, 0, 1) for i in range(8)] == [True, True, True, False] * 2
+    assert ["iou" in batches(i, 0, 1) for i in range(8)] == [True, False, True, True] * 2
     assert not any("iou" in LookBatches(Pointing(pack, s))(i, 0, 1) for i in range(4))
     loss, _ = LookTrainee(loaded, s, Settings.load("tiny", **PROFILE))(batches(1, 0, 1), 0)
     assert torch.isfinite(loss)

@@ -15,7 +15,7 @@ import torch
 
 from rea2seg.candidates import discover
 from rea2seg.cli import main
-from rea2seg.data.pack import PackReader, map_array, spread
+from rea2seg.data.pack import PackReader, benchmark_weights, map_array, spread
 from rea2seg.data.reader import DataError, ProblemLog
 from rea2seg.data.samples import Sample
 from rea2seg.data.sources import load_samples
@@ -182,6 +182,22 @@ def test_packs_are_samples(pack):
     np.savez_compressed(pack.parent / "pack-z.npz", image=np.zeros(3))
     with pytest.raises(DataError, match="not stored plainly"): map_array(pack.parent / "pack-z.npz", "image")
 
+def test_a_pack_is_asked_as_the_benchmark_asks(tmp_path):
+    "Ninety-nine of the benchmark's questions are about sizes, 46 about distances: what a scene offers of each does not count."
+    kinds = [("geometric", "size"), *[("spatial", "distance")] * 9, ("warmup", "part"), ("geometric", "unknown")]
+    asked = [[dict(q=f"{k} of {n}", a=[0], c=c, s=s) for k, (c, s) in enumerate(kinds)] for n in range(400)] + [[]]
+    weights = benchmark_weights(asked[:1], easy=0.5)[0]
+    assert weights == pytest.approx([0.5 * 99 / 1190, *[0.5 * 46 / 1190 / 9] * 9, 0.5, 0])
+    n = len(asked)
+    np.savez(tmp_path / "pack-0000000.npz", image=np.zeros((n, 8, 8, 3), np.uint8), part_map=np.zeros((n, 8, 8), np.uint8), questions=np.frombuffer(json.dumps(asked).encode(), np.uint8))
+    found = [s.subtype for s in load_samples(f"pack:{tmp_path}", per_image=1, shares="benchmark")]
+    assert len(found) == 400 and found.count("size") / 400 == pytest.approx(99 / 145, abs=0.08) and set(found) == {"size", "distance"}
+    some = [s.name for s in load_samples(f"pack:{tmp_path}", per_image=3, shares="benchmark")]
+    assert len(some) == len(set(some)) == 1200 and some == [s.name for s in load_samples(f"pack:{tmp_path}", per_image=3, shares="benchmark")]
+    with pytest.raises(DataError, match="shares must be categories or benchmark, got 'even'"): PackReader(tmp_path, shares="even")
+    for wrong in (dict(), dict(per_image=2, warmup=True)):
+        with pytest.raises(DataError, match="need per_image, and have no one-step questions"): PackReader(tmp_path, shares="benchmark", **wrong)
+
 @pytest.mark.parametrize("n,kinds", [(3, "aaab"), (4, "abcabc"), (1, "a"), (2, "")])
 def test_a_spread_takes_each_category_in_turn(n, kinds):
     found = spread(list(kinds), n, (0, 7))
@@ -210,6 +226,7 @@ def test_the_verb_mines_a_pack_and_continues(pack, tmp_path, capsys):
     assert len(mined) == 4 and all(1 <= len(s) <= 15 for s in mined) and mined.picture(3).shape == (64, 64, 3)
     assert mined.picture(0).tolist() == list(load_samples(f"pack:{pack}"))[0].load_image().tolist()
     assert main(command) == 0 and "0 mined" in capsys.readouterr().out and len(names(out)) == 4
+    assert main(["mine", "--data", "world", "--shares", "benchmark", "--out", str(tmp_path / "x")]) == 2 and "--shares benchmark is for packs, got --data world" in capsys.readouterr().err
     assert main(["mine", "--data", f"pack:{tmp_path}", "--out", str(tmp_path / "x")]) == 2 and "no pack-*.npz" in capsys.readouterr().err
     moved = pack.rename(pack.with_name("moved"))
     try:

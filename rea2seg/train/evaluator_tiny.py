@@ -147,28 +147,31 @@ class Pointing:
         return [{"question": self.pack.questions[scene][j]["q"], "covered": np.full((1, len(counts)), 255, np.uint8), "figures": self.whole, "target": t * np.uint8(255)} for j, t in zip(chosen, target, strict=True)]
 
 class Scoring:
-    "What `rea2seg mine` found, in whatever data. Questions with fewer than half of `settings.masks` candidates are left out."
+    "What `rea2seg mine` found, in whatever data; masks are decoded when their question is drawn for the first time. Questions with fewer than half of `settings.masks` candidates are left out."
     def __init__(self, mined: Mined, settings: LookTraining, grid: tuple[int, int] = (16, 16)):
-        self.mined, self.settings, self.of, self._at, self._images = mined, settings, {}, {}, {}
-        shares = lambda t: (F.adaptive_avg_pool2d(t[:, None].float(), grid).flatten(1) * 255).round().to(torch.uint8).numpy()
-        for i in range(len(mined)):
-            m = mined[i]
-            if len(m) < max(settings.masks // 2, 1): continue
-            masks, truth, picture = torch.from_numpy(m.masks()), torch.from_numpy(m.truth())[None], f"{m.row['folder']}:{m.image_id}"
-            _, cover = overlaps(masks, truth)
-            self._at.setdefault(picture, i)
-            self.of.setdefault(picture, []).append({"question": m.question, "covered": shares(masks), "figures": mask_figures(masks).numpy(), "target": shares(truth)[0], "iou": np.array(m.ious, np.float32), "recall": cover[:, 0, 0].numpy(), "precision": cover[:, 0, 1].numpy()})
+        self.mined, self.settings, self.grid, self.of, self._seen, self._images = mined, settings, grid, {}, {}, {}
+        for i, (folder, image_id, ious) in enumerate(zip(mined.table["folder"].to_pylist(), mined.image_id, mined.ious, strict=True)):
+            if len(ious) >= max(settings.masks // 2, 1): self.of.setdefault(f"{folder}:{image_id}", []).append(i)
         self.scenes = sorted(self.of)
         if not self.scenes: raise ValueError(f"no mined question has {max(settings.masks // 2, 1)} candidates")
 
     def image(self, scene: str) -> Tensor: # uint8[H,W,3]
-        if scene not in self._images: self._images[scene] = torch.from_numpy(np.array(self.mined.picture(self._at[scene])))
+        if scene not in self._images: self._images[scene] = torch.from_numpy(np.array(self.mined.picture(self.of[scene][0])))
         return self._images[scene]
+
+    def candidates(self, i: int) -> dict: # of one question, with arrays of N candidates
+        if i not in self._seen:
+            shares = lambda t: (F.adaptive_avg_pool2d(t[:, None].float(), self.grid).flatten(1) * 255).round().to(torch.uint8).numpy()
+            m = self.mined[i]
+            masks, truth = torch.from_numpy(m.masks()), torch.from_numpy(m.truth())[None]
+            _, cover = overlaps(masks, truth)
+            self._seen[i] = {"question": m.question, "covered": shares(masks), "figures": mask_figures(masks).numpy(), "target": shares(truth)[0], "iou": np.array(m.ious, np.float32), "recall": cover[:, 0, 0].numpy(), "precision": cover[:, 0, 1].numpy()}
+        return self._seen[i]
 
     def draw(self, scene: str, rng) -> list[dict]: # one a question, see `LookBatches`
         s, found = self.settings, []
-        for q in np.resize(rng.permutation(len(self.of[scene])), s.questions):
-            of = self.of[scene][q]
+        for i in np.resize(rng.permutation(self.of[scene]), s.questions):
+            of = self.candidates(int(i))
             k = np.resize(rng.permutation(len(of["iou"])), s.masks)     # repeats only where a question has few
             found.append({n: v[k] if n in ("covered", "figures", "iou", "recall", "precision") else v for n, v in of.items()})
         return found
@@ -180,7 +183,7 @@ class LookBatches:
     def __call__(self, i: int, rank: int, world: int) -> dict:
         s, share = self.settings, self.settings.point_share if self.scoring is not None else 1.0
         if s.batch_size % world: raise ValueError(f"a batch of {s.batch_size} does not divide among {world} processes")
-        before, after = int(i * share), int((i + 1) * share)                   # steps that point
+        before, after = int(i * share + 0.5), int((i + 1) * share + 0.5)       # steps that point, in the middle between those that do not
         source, n = (self.pointing, before) if after > before else (self.scoring, i - before)
         where, scenes = [n * s.batch_size + k for k in range(rank, s.batch_size, world)], source.scenes
         orders = {e: torch.randperm(len(scenes), generator=torch.Generator().manual_seed(s.seed * 1_000_003 + e)) for e in {w // len(scenes) for w in where}}
@@ -205,7 +208,7 @@ def pointed(trainee: LookTrainee, source: Pointing | Scoring, scenes: Sequence) 
     for scene in scenes:
         batch = batch_of(source, [scene], [np.random.default_rng(0)])
         attention = trainee.scores(trainee.see(batch["image"], batch["scene"]).to(trainee.model.device), batch["questions"], torch.ones_like(batch["covered"][:, :, :1]).to(trainee.model.device), batch["figures"][:, :, :1].to(trainee.model.device))["attention"]
-        found.append(float(on_target(attention, batch["target"].to(attention.device), trainee.settings)[-1, ..., -1].mean()))
+        found.append(float(on_target(attention, batch["target"].to(attention.device))[-1, ..., -1].mean()))
     return float(np.mean(found))
 
 def train_looks(loaded: Internvl, pack: Pack, folder: str | Path, mined: Mined | None = None, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,

@@ -140,14 +140,15 @@ class LookTrainee(nn.Module):
         self.digits = [i[0] for i in ids]
         self.mask_ids = self.builder.stages("", [0], False)[0][0] + enc.text("0.")
         if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
-        if len(self.eyes.told) != len(lm.layers) - settings.frozen_layers: raise ValueError(f"{len(self.eyes.told)} layers are told of masks, [tiny.evaluator] frozen_layers leaves {len(lm.layers) - settings.frozen_layers} that learn")
-        if not settings.frozen_layers <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {settings.frozen_layers} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
+        self.told_from = len(lm.layers) - len(self.eyes.told)
+        if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
+        if not 0 <= settings.frozen_layers < len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must leave some of {len(lm.layers)} layers to learn, got {settings.frozen_layers}")
         self.prefix = self._cut("")[0]
         self._seen: dict[object, Tensor] = {}
         loaded.model.requires_grad_(False)
         for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
         self.written = nn.Parameter(lm.embed_tokens.weight[self.digits].detach().clone())  # the digits' rows, which alone of the words learn
-        self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[settings.frozen_layers:]])  # recall and precision; serve training alone
+        self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
 
     @property
     def eyes(self): return self.model.model.vision_tower
@@ -179,8 +180,8 @@ class LookTrainee(nn.Module):
         return torch.stack([self._seen[k] for k in scenes]).float()
 
     def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, masks_learn: bool = True) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
-        "Everything read off: tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads)."
-        lm, (B, Q, M, T), P, first, K = self.model.model.language_model, covered.shape, len(self.prefix), self.settings.frozen_layers, len(self.mask_ids)
+        "Everything read off: tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads) of the layers where it is supervised."
+        lm, (B, Q, M, T), P, first, K = self.model.model.language_model, covered.shape, len(self.prefix), self.told_from, len(self.mask_ids)
         plan = lay_out_looks([[self._cut(q)[1] for q in of] for of in questions], M, self.mask_ids)
         device, N, L = photo.device, plan.question, plan.ids.shape[-1]
         words = lm.embed_tokens.weight.detach().index_copy(0, torch.tensor(self.digits, device=device), self.written.detach().to(lm.embed_tokens.weight.dtype))
@@ -206,7 +207,7 @@ class LookTrainee(nn.Module):
         tenths = (at_point(hidden) @ self.written.T).float()
         values = torch.arange(10, device=device) / 10 + 0.045
         return {"tenths": tenths, "expected": (tenths.softmax(-1) * values).sum(-1), "cover": torch.stack([c(at_point(g)) for c, g in zip(self.cover, gathered, strict=True)]).float(),
-                "attention": torch.stack([r.mean(1).unflatten(2, (M, len(WANTED))) for r in mask.rows]).float()}
+                "attention": torch.stack([r.mean(1).unflatten(2, (M, len(WANTED))) for r in mask.rows[self.settings.attention_first - first:self.settings.attention_last - first + 1]]).float()}
 
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
         device = self.model.device
@@ -217,18 +218,13 @@ class LookTrainee(nn.Module):
         return look_losses(found, {"target": target} | {k: batch[k].to(device) for k in ("iou", "recall", "precision")}, self.settings)
 
 # %% ../../nbs/api/train_looks.ipynb #42001dbc
-def on_target(
-    attention: Tensor, # float[layers,B,Q,M,4,T] of the layers that are not frozen
-    target: Tensor,    # bool[B,Q,T]
-    s: LookTraining,
-) -> Tensor: # float[layers,B,Q,M,4]
-    "Attention mass on the target, of the layers that are supervised."
-    first, last = s.attention_first - s.frozen_layers, s.attention_last - s.frozen_layers
-    return (attention[first:last + 1] * target[:, :, None, None]).sum(-1)
+def on_target(attention: Tensor, target: Tensor) -> Tensor: # float[layers,B,Q,M,4] from float[layers,B,Q,M,4,T], bool[B,Q,T]
+    "Attention mass on the target."
+    return (attention * target[:, :, None, None]).sum(-1)
 
 def point_losses(attention: Tensor, target: Tensor, s: LookTraining) -> tuple[Tensor, dict]: # loss, what is logged
     "Where a score is written, attention is on the target; arguments as those of `on_target`."
-    mass = on_target(attention, target, s)[..., 2:]
+    mass = on_target(attention, target)[..., 2:]
     loss = -(mass + 1e-4).log().mean()
     return s.attention_weight * loss, {"point": loss.detach(), "pointed": mass[-1, ..., -1].mean().detach()}
 
@@ -246,7 +242,7 @@ def look_losses(
     rank = torch.stack([rank_loss(a, b, s.rank_slope) for a, b in zip(said.flatten(0, 1), iou.flatten(0, 1), strict=True)]).mean()
     truth = torch.stack([true["recall"], true["precision"]], -1).clamp(0, 1)
     cover = F.binary_cross_entropy_with_logits(found["cover"], truth.expand_as(found["cover"]), reduction="none").sum(-1).mean(0)
-    mass = on_target(found["attention"], true["target"], s)
+    mass = on_target(found["attention"], true["target"])
     unlike = -(mass + 1e-4).log()
     mean = lambda v, where: (v * where).sum() / where.sum().clamp(min=1) / len(v)
     inside, outside = true["recall"] > s.inside_recall, true["recall"] < s.outside_recall
