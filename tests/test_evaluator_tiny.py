@@ -290,6 +290,14 @@ def test_pointing_pulls_attention_onto_the_target(loaded, pack, tmp_path):
     assert pointed(trainee.eval(), source, source.scenes) > before
 
 
+def test_scenes_of_one_name_are_not_mixed_up(loaded, mined, pack):
+    "Two packs may be called alike: what was seen in one is not taken for what is in the other."
+    trainee, (one, two) = trainee_of(loaded), (Scoring(mined, settings()) for _ in range(2))
+    scene = one.scenes[0]; two._images[scene] = 255 - one.image(scene)
+    seen = [trainee.see(b["image"], b["scene"]) for b in (batch_of(s, [scene], [np.random.default_rng(0)]) for s in (one, two, one))]
+    assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=0.1)
+
+
 def test_processes_share_the_scenes(pack, mined):
     s = settings(point_share=0)
     batches = LookBatches(Pointing(pack, s), Scoring(mined, s))

@@ -191,12 +191,12 @@ class LookBatches:
         return batch_of(source, mine, [np.random.default_rng((s.seed, i, w)) for w in where])
 
 def batch_of(source: Pointing | Scoring, scenes: list, rngs: list) -> dict:
-    "Some scenes' questions: covered and figures of each candidate, the patches of each question's answer, and where candidates are scored their iou, recall and precision."
+    "Some scenes' questions: scene (its source too, since packs may have one name), covered and figures of each candidate, the patches of each question's answer, and where candidates are scored their iou, recall and precision."
     drawn = [source.draw(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
     stack = lambda name: np.stack([np.stack([d[name] for d in of]) for of in drawn]).astype(np.float32)
     target = stack("target") / 255
     target = (target >= 0.5 * target.max(-1, keepdims=True)) & (target > 0)  # half covered, or half as covered as the best patch
-    return {"image": [source.image(k) for k in scenes], "scene": scenes, "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
+    return {"image": [source.image(k) for k in scenes], "scene": [(id(source), k) for k in scenes], "questions": [[d["question"] for d in of] for of in drawn], "target": torch.from_numpy(target),
             "covered": torch.from_numpy(stack("covered") / 255), **{n: torch.from_numpy(stack(n)) for n in ("figures", "iou", "recall", "precision") if n in drawn[0][0]}}
 
 
