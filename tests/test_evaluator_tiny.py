@@ -260,6 +260,8 @@ def test_a_pack_of_some_categories(tmp_path):
     build_pack(tmp_path, 1, ("clevr",), "val", 7, 0, 6, workers=0, progress=False, categories=("spatial", "geometric/size"))
     kinds = {(q["c"], q["s"]) for q in Pack.load(tmp_path).questions[0]}
     assert kinds and all(c == "spatial" or (c, s) == ("geometric", "size") for c, s in kinds)
+    with pytest.raises(ValueError, match="no category 'nonsense'; there are geometric"): build_pack(tmp_path / "none", 1, ("clevr",), categories=("nonsense",))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_pack_is_asked_about_in_the_benchmarks_shares(pack):

@@ -25,7 +25,7 @@ from ..scenes.graph import COLOURS, KINDS, MATERIALS, SHADES, SIZES, TEXTURES, R
 from ..scenes.benchmark import scene_seed, world_scene
 from ..scenes.language import definite, phrase
 from ..scenes.programs import one, path, references, run
-from ..scenes.questions import questions_for
+from ..scenes.questions import questions_for, wanted_subtypes
 from ..scenes.render import render
 from ..scenes.view import View
 
@@ -110,6 +110,7 @@ def build_pack(
     progress: bool = True,
 ) -> Path:
     "Sample, render and question scenes into `folder`; shards that exist are kept."
+    wanted_subtypes(categories)  # refuses what there is not, before anything is made
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(max(workers, 1), mp_context=get_context("forkserver")) as pool:
         spread = (lambda f, jobs: map(f, jobs)) if workers == 0 else lambda f, jobs: pool.map(f, jobs, chunksize=4)
