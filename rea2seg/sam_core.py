@@ -40,6 +40,7 @@ class Sam(nn.Module):
     stride: int = 16         # pixels of the input per image token
     fallback: tuple[float, float] | None = None
     mask_clamp: float | None = None # logits of a mask prompt are cut at this size
+    run_decoder = staticmethod(run_decoder) # a training may put a compiled one in its place
 
     @property
     def parts(self) -> Parts: raise NotImplementedError
@@ -157,7 +158,7 @@ def forward_prompts(
     sparse = torch.cat(tokens, 1) if tokens else features.new_zeros(N, 0, self.dim)
     dense = parts.no_mask.weight[..., None, None] if mask_logits is None else parts.mask_embed(mask_logits)
     image = features + dense if len(dense) == 1 else spread(features, N) + dense
-    logits, ious, objects = run_decoder(parts, image, tuple(high_res), sparse)
+    logits, ious, objects = self.run_decoder(parts, image, tuple(high_res), sparse)
     return TokenMasks(logits.float(), ious.float(), None if objects is None else objects.float(), None if self.training else self.fallback)
 
 # %% ../nbs/api/sam_core.ipynb #67629eae

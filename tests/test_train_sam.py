@@ -10,7 +10,7 @@ from training_models import SAM2, stack
 from rea2seg.sam2_model import Sam2
 from rea2seg.settings import load_section
 from rea2seg.train.pack import Pack, sam_batches
-from rea2seg.train.sam import NONE, SamTrainee, SamTraining, masks_of, object_rows, one_hot_rows, region_tokens, sample_pixels
+from rea2seg.train.sam import NONE, SamTrainee, SamTraining, _Scene, mask_losses, masks_of, object_rows, one_hot_rows, region_tokens, sample_pixels
 from rea2seg.train.tiny import measure_sam, read_sam, save_sam, train_sam
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,56 @@ def test_clicks_fall_on_the_floor_too(pack):
     on = [[int(batch["part_map"][b, min(int(y), 255), min(int(x), 255)]) for x, y in xy[b].tolist()] for b in range(2)]
     assert all(row.count(NONE) >= 3 and len([v for v in row if v != NONE]) >= 2 for row in on), on
 
+def test_most_clicks_find_parts_of_objects_that_show_several(pack):
+    "The clicks that are asked for fall on parts beside which the same object shows another one."
+    batch = sam_batches(pack, 2, 0)(0, 0, 1)
+    maps, owner = batch["part_map"].long(), batch["part_object"].long()
+    scene = _Scene(maps, owner, 12, 32)
+    for b in range(2):
+        seen = [p for p in range(255) if int((maps[b] == p).sum()) >= 12]
+        several = {p for p in seen if sum(int(owner[b, q]) == int(owner[b, p]) for q in seen) > 1}
+        wanted = several or set(seen)
+        assert set(scene.part_weight[b].nonzero().flatten().tolist()) == wanted
+    assert scene.several.any(), "the pack has no object of several parts; the test says nothing"
+
+def test_shares_are_what_a_picture_shrinks_to(pack):
+    batch = sam_batches(pack, 2, 0)(0, 0, 1)
+    maps, owner = batch["part_map"].long(), batch["part_object"].long()
+    scene = _Scene(maps, owner, 12, 32)
+    rows = torch.cat([object_rows(owner, torch.tensor([[0, 1]] * 2)), one_hot_rows(torch.tensor([[0]] * 2))], 1)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(masks_of(rows, maps).float(), 32).flatten(2)
+    assert torch.allclose(scene.small(rows), wanted, atol=1e-6)
+    near = scene.near(rows, .5)
+    assert torch.allclose(near.sum(-1), torch.ones(2, 3), atol=1e-5)
+    whole = scene.small(object_rows(owner, owner[:, :1])) > 0
+    assert (near[:, 2:][whole] > 2 * near[:, 2:].amin()).all(), "the object of a part weighs more than the rest of the picture"
+    logits, target = torch.randn(1, 8, 8), torch.rand(1, 8, 8)
+    even = torch.full((1, 8, 8), 1 / 64)
+    assert torch.allclose(mask_losses(logits, target, 2., 1.), mask_losses(logits, target, 2., 1., even))
+
+def test_the_encoder_is_asked_for_parts_everywhere(pack):
+    "The reading learns at once, its gradient reaches all three levels, and it is not part of the SAM."
+    s = small(map_weight=5.0)
+    model = SamTrainee(Sam2.random(SAM2, trainable=True), s)
+    optimizer, batch, right = torch.optim.Adam(model.part_map.parameters(), 3e-2), sam_batches(pack, 2, 0)(0, 0, 1), []
+    for _ in range(12):
+        loss, log = model(batch, 10)
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); right.append(float(log["map_kind"]))
+    assert right[-1] > right[0] + .2, right
+    assert all(c.weight.grad.abs().sum() > 0 for c in (model.part_map.coarse, model.part_map.middle, model.part_map.fine))
+    assert not any("part_map" in k for k in model.sam.state_dict()) and SamTrainee(model.sam, small(map_weight=0.0)).part_map is None
+
+def test_a_compiled_decoder_says_the_same(pack):
+    if not shutil.which("g++"): pytest.skip("torch.compile needs a C++ compiler")
+    batch = sam_batches(pack, 2, 0)(0, 0, 1)
+    def step(compiled):
+        model = SamTrainee(Sam2.random(SAM2, trainable=True), small(compiled=compiled, plain_steps=20))
+        loss, _ = model(batch, 10)
+        loss.backward()
+        return float(loss.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.sam.parameters()])
+    (a, grad), (b, again) = step(False), step(True)
+    assert a == pytest.approx(b, rel=1e-4) and torch.nn.functional.cosine_similarity(grad, again, 0) > .999
+
 def test_estimates_of_iou_are_taught_by_bad_clicks(pack):
     "With the weight of the estimates alone, their error falls, floor clicks included."
     s = small(bce_weight=0.0, dice_weight=0.0, spread_weight=0.0, iou_weight=10.0)
@@ -100,5 +150,8 @@ def test_saving_and_continuing(pack, tmp_path):
     folder = save_sam(Sam2.random(SAM2), tmp_path / "start")
     sam = train_sam(pack, tmp_path / "on", start=folder, steps=1, batch_size=2, precision="no", plain_steps=0, warmup_steps=1)
     assert sam.config == Sam2.random(SAM2).config
+    same = [torch.equal(p, q) for p, q in zip(sam.parameters(), read_sam(folder).parameters(), strict=True)]
+    assert not all(same)
+    for a, b in zip(sam.parts.points, read_sam(folder).parts.points, strict=True): assert torch.equal(a.weight, b.weight), "a generator's prompts would lose their meaning"
     (shutil.copytree(folder, tmp_path / "bad") / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError): read_sam(tmp_path / "bad")

@@ -109,9 +109,10 @@ def build_pack(
     categories: tuple[str, ...] | None = None, # of the questions, see `wanted_subtypes`; None: all, warm-up included
     progress: bool = True,
 ) -> Path:
-    "Sample, render and question scenes into `folder`; shards that exist are kept."
+    "Sample, render and question scenes into `folder`; shards that exist are kept, and a pack may grow. A folder that was begun with other settings is refused."
     wanted_subtypes(categories)  # refuses what there is not, before anything is made
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, scenes, dict(split=split, seed=seed, first=first, questions=questions, categories=categories, themes=themes, size_hw=size_hw, shard=shard))
     with ProcessPoolExecutor(max(workers, 1), mp_context=get_context("forkserver")) as pool:
         spread = (lambda f, jobs: map(f, jobs)) if workers == 0 else lambda f, jobs: pool.map(f, jobs, chunksize=4)
         todo = [s for s in range(0, scenes, shard) if not (folder / f"pack-{s:07d}.npz").exists()]
@@ -126,6 +127,15 @@ def build_pack(
         for job in waiting: _finish(folder, job); bar.update()
         bar.close()
     return folder
+
+def _note(folder: Path, scenes: int, settings: dict):
+    "Write down, or compare, what a pack is begun with; a last shard that was not full is made anew when the pack grows."
+    path, settings = folder / "pack.json", json.loads(json.dumps(settings)) # tuples as the file gives them back
+    was = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings | {"scenes": scenes}
+    if other := [k for k in settings if was.get(k) != settings[k]]:
+        raise ValueError(f"{folder} was begun with " + ", ".join(f"{k}={was.get(k)!r}" for k in other) + ", got " + ", ".join(f"{k}={settings[k]!r}" for k in other) + ": choose another folder")
+    if scenes > was["scenes"] and was["scenes"] % settings["shard"]: (folder / f"pack-{was['scenes'] // settings['shard'] * settings['shard']:07d}.npz").unlink(missing_ok=True)
+    tmp = path.with_suffix(".tmp"); tmp.write_text(json.dumps(settings | {"scenes": max(scenes, was["scenes"])}, indent=1) + "\n", encoding="utf-8"); os.replace(tmp, path)
 
 def _finish(folder: Path, job): start, made, seen, asked = job; _write(folder / f"pack-{start:07d}.npz", made, seen, list(asked))
 
@@ -184,5 +194,5 @@ def sam_batches(pack: Pack, batch: int, seed: int):
     "`batch_at` for `train.sam`: pictures and index maps."
     def batch_at(i: int, rank: int, world: int) -> dict:
         at = pack.scenes(i, rank, world, batch, seed).to(pack.image.device)
-        return dict(image=pack.image[at], part_map=pack.part_map[at], part_object=pack.part_object[at], seed=(seed * 7_368_787 + i) * world + rank)
+        return dict(image=pack.image[at], part_map=pack.part_map[at], part_object=pack.part_object[at], part_attributes=pack.part_attributes[at], seed=(seed * 7_368_787 + i) * world + rank)
     return batch_at

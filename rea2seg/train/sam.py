@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONE', 'SamTraining', 'SamShape', 'new_sam', 'masks_of', 'part_pixels', 'one_hot_rows', 'object_rows',
-           'sample_pixels', 'position_grid', 'region_tokens', 'mask_losses', 'soft_ious', 'sam_pixels', 'SamTrainee']
+           'sample_pixels', 'position_grid', 'region_tokens', 'mask_losses', 'soft_ious', 'sam_pixels', 'PartMap',
+           'SamTrainee']
 
 # %% ../../nbs/api/train_sam.ipynb #b0397116
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sam2_model import Sam2, Sam2Config
-from ..sam_core import MEAN, STD, TokenMasks, embed_points
+from ..sam_core import MEAN, STD, TokenMasks, embed_points, run_decoder
 from ..settings import load_section
 from .loop import LoopSettings
+from .pack import ATTRIBUTES
 
 # %% ../../nbs/api/train_sam.ipynb #254953ba
 @dataclass(frozen=True)
 class SamTraining(LoopSettings):
     "`[tiny.sam]`: the loop's numbers, prompts per image, and loss weights."
     clicks: int
+    part_clicks: int
     floor_clicks: int
     regions: int
     refinements: int
@@ -31,9 +34,13 @@ class SamTraining(LoopSettings):
     bce_weight: float
     dice_weight: float
     iou_weight: float
+    near_share: float
     spread_weight: float
+    map_weight: float
+    map_rate: float
     token_noise: float
     min_pixels: int
+    compiled: bool
 
 @dataclass(frozen=True)
 class SamShape:
@@ -119,11 +126,18 @@ def region_tokens(
     return mean + sam.parts.points[2].weight.float()
 
 # %% ../../nbs/api/train_sam.ipynb #70010a8f
-def mask_losses(logits: Tensor, target: Tensor, bce: float, dice: float) -> Tensor: # float[N]
-    "Weighted cross-entropy plus Dice of `logits` float[N,H,W] against `target` float[N,H,W] in [0,1]."
+def mask_losses(
+    logits: Tensor, # float[N,H,W]
+    target: Tensor, # float[N,H,W] in [0,1]
+    bce: float,
+    dice: float,
+    weight: Tensor | None = None, # float[N,H,W] of the cross-entropy, with a sum of one for each mask; None: all pixels alike
+) -> Tensor: # float[N]
+    "Weighted cross-entropy plus Dice."
     probability = logits.sigmoid()
     overlap = 1 - (2 * (probability * target).flatten(1).sum(1) + 1) / (probability.flatten(1).sum(1) + target.flatten(1).sum(1) + 1)
-    return bce * F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1) + dice * overlap
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1)
+    return bce * (each.mean(1) if weight is None else (each * weight.flatten(1)).sum(1)) + dice * overlap
 
 def soft_ious(masks: Tensor, targets: Tensor) -> Tensor: # float[...,M,E]
     "IoU of masks float[...,M,K] with targets float[...,E,K], both in [0,1]."
@@ -138,11 +152,31 @@ def sam_pixels(image: Tensor, side: int) -> Tensor: # float[B,3,side,side]
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
     return (x - mean) / std
 
+class PartMap(nn.Module):
+    "Which kind of object and which of its parts every mask cell shows, 0 for none: a linear reading of the encoder's three levels."
+    def __init__(self, dim: int):
+        super().__init__()
+        self.sizes = ATTRIBUTES["kind"] + 1, ATTRIBUTES["part"] + 1
+        n = sum(self.sizes)
+        self.coarse, self.middle, self.fine = nn.Conv2d(dim, 16 * n, 1), nn.Conv2d(dim // 4, n, 1, bias=False), nn.Conv2d(dim // 8, n, 1, bias=False)
+        for conv in (self.coarse, self.middle, self.fine): nn.init.zeros_(conv.weight)
+        nn.init.zeros_(self.coarse.bias)
+    def forward(self, features: Tensor, high_res: tuple[Tensor, ...]) -> list[Tensor]: # float[B,kinds,4h,4w], float[B,parts,4h,4w]
+        fine, middle = high_res
+        x = F.pixel_shuffle(self.coarse(features), 4) + F.interpolate(self.middle(middle), scale_factor=2.0) + self.fine(fine)
+        return x.float().split(self.sizes, 1)
+
 class SamTrainee(nn.Module):
-    "Promptable training of a SAM 2 on index maps; `forward(batch, step)` with image uint8[B,H,W,3], part_map uint8[B,H,W], part_object int16[B,256], seed int."
+    "Promptable training of a SAM 2 on index maps; `forward(batch, step)` with image uint8[B,H,W,3], part_map uint8[B,H,W], part_object int16[B,256], part_attributes int16[B,256,2 or more] (kind, part), seed int."
     def __init__(self, sam: Sam2, settings: SamTraining):
         super().__init__()
         self.sam, self.settings = sam, settings
+        self.part_map = PartMap(sam.dim) if settings.map_weight else None
+        if settings.compiled:
+            parts = sam.parts
+            decoder = torch.compile(lambda *inputs: run_decoder(parts, *inputs), dynamic=False) # one graph each for clicks, regions and refinements
+            sam.run_decoder = lambda parts, *inputs: decoder(*inputs) if self.training else run_decoder(parts, *inputs) # measuring has other sizes each time
+        self.mask_losses = torch.compile(mask_losses, dynamic=False) if settings.compiled else mask_losses
 
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]:
         s, device = self.settings, self.sam.device
@@ -160,8 +194,11 @@ class SamTrainee(nn.Module):
             B, P = target.shape[:2]
             found2 = self.sam.forward_prompts(features, high_res, prompt_embed=tokens.reshape(B * P, 1, -1))
             losses.append(self._loss(found2, [target], scene, "region", log, token0=1.0))
-            found3, target = self._refine(features, high_res, scene, g, (found, rows[-1]), (found2, target))
+            clicked = torch.where(torch.rand(rows[-1].shape[:2], generator=g, device=device)[..., None] < .5, rows[0], rows[-1])
+            found3, target = self._refine(features, high_res, scene, g, (found, clicked), (found2, target))
             losses.append(self._loss(found3, [target], scene, "refine", log, token0=1.0))
+        if self.part_map is not None:
+            losses.append(s.map_weight * self._map_loss(self.part_map(features, high_res), batch["part_attributes"].to(device).long(), scene, log))
         return sum(losses), log
 
 # %% ../../nbs/api/train_sam.ipynb #59163def
@@ -170,23 +207,41 @@ class _Scene:
     def __init__(self, part_map: Tensor, owner: Tensor, min_pixels: int, low: int):
         self.part_map, self.owner, self.low = part_map, owner, low
         B, self.H, self.W = part_map.shape
+        device = owner.device
         count = part_pixels(part_map)
         count[:, NONE] = 0
         self.seen = (count >= min_pixels) & (owner >= 0)
         self.seen |= ~self.seen.any(1, keepdim=True) & (count == count.max(1, keepdim=True).values) & (count > 0) # always something to click
         objects = int(owner.max()) + 1
-        per = torch.zeros(B, objects + 1, device=owner.device).scatter_add_(1, owner.clamp(min=-1) + 1, self.seen.float())
-        self.weight = self.seen / per.gather(1, owner + 1).clamp(min=1) # objects alike, then parts alike
-        self.weight = self.weight + ~self.seen.any(1, keepdim=True) * F.one_hot(torch.full((B,), NONE, device=owner.device), 256) # an empty scene clicks the floor
-        self.object_ids = torch.arange(objects, device=owner.device).expand(B, -1)
-        parts = max(int(torch.where(self.seen, torch.arange(256, device=owner.device), 0).max()) + 1, 1)
-        rows = torch.cat([one_hot_rows(torch.arange(parts, device=owner.device).expand(B, -1)), object_rows(owner, self.object_ids)], 1) & self.seen[:, None]
-        self.entities = self.small(masks_of(rows, part_map))  # float[B,E,low*low]
+        per = torch.zeros(B, objects + 1, device=device).scatter_add_(1, owner.clamp(min=-1) + 1, self.seen.float()).gather(1, owner + 1)
+        self.weight = self.seen / per.clamp(min=1) # objects alike, then parts alike
+        self.weight = self.weight + ~self.seen.any(1, keepdim=True) * F.one_hot(torch.full((B,), NONE, device=device), 256) # an empty scene clicks the floor
+        self.several = self.seen & (per > 1)
+        self.part_weight = torch.where(self.several.any(1, keepdim=True), self.several.float(), self.weight) # parts of objects that show several, alike
+        self.object_ids = torch.arange(objects, device=device).expand(B, -1)
+        self.parts = max(int(torch.where(count > 0, torch.arange(256, device=device), 0).max()) + 1, 1)
+        # the share of each low-resolution cell that each part covers
+        y, x = (torch.arange(n, device=device) * low // n for n in (self.H, self.W))
+        at = torch.where(part_map == NONE, self.parts, part_map) * low ** 2 + y[:, None] * low + x
+        share = torch.zeros(B, (self.parts + 1) * low ** 2, device=device)
+        share.scatter_add_(1, at.flatten(1), torch.full((1, 1), low ** 2 / (self.H * self.W), device=device).expand(B, self.H * self.W))
+        self.shares = share.unflatten(1, (self.parts + 1, -1))[:, :-1]
+        mine = owner[:, :self.parts]
+        self.kin = ((mine[:, :, None] == mine[:, None]) & (mine >= 0)[:, None]).float()
+        rows = torch.cat([one_hot_rows(torch.arange(self.parts, device=device).expand(B, -1)), object_rows(owner, self.object_ids)], 1) & self.seen[:, None]
+        self.entities = self.small(rows)  # float[B,E,low*low]
 
-    def small(self, masks: Tensor) -> Tensor: # float[B,P,low*low]
+    def small(self, rows: Tensor) -> Tensor: # float[B,P,low*low] of bool[B,P,256]
         "Share of each low-resolution cell."
-        B, P = masks.shape[:2]
-        return F.adaptive_avg_pool2d(masks.reshape(B * P, 1, self.H, self.W).float(), self.low).reshape(B, P, -1)
+        return rows[..., :self.parts].float() @ self.shares
+
+    def near(self, rows: Tensor, share: float) -> Tensor: # float[B,P,low*low], each with the sum one
+        "Weights of cells: `share` of it evenly on the objects that these parts belong to and what is near, in blocks of eight cells, the rest evenly on all."
+        around = ((rows[..., :self.parts].float() @ self.kin) > 0).float() @ self.shares
+        blocks = F.max_pool2d(around.unflatten(-1, (self.low, self.low)), 8, 8, ceil_mode=True)
+        blocks = F.max_pool2d((blocks > 0).float(), 3, 1, 1)
+        around = blocks.repeat_interleave(8, -1).repeat_interleave(8, -2)[..., :self.low, :self.low].flatten(2)
+        return (1 - share) / self.low ** 2 + share * around / around.sum(-1, keepdim=True).clamp(min=1)
 
     def border(self) -> Tensor: # bool[B,1,H,W]
         m = self.part_map[:, None].float()
@@ -196,11 +251,14 @@ class _Scene:
 def _to_input(self, xy: Tensor, scene: _Scene) -> Tensor:
     return xy.float() * xy.new_tensor([self.sam.side / scene.W, self.sam.side / scene.H], dtype=torch.float32)
 
+def _draw(weight: Tensor, n: int, g) -> Tensor: # int64[B,n] parts from float[B,256]
+    return torch.multinomial(weight, n, replacement=True, generator=g) if n else torch.zeros(len(weight), 0, dtype=torch.int64, device=weight.device)
+
 def _clicks(self, features, high_res, scene: _Scene, g, plain: bool):
     "Single clicks: on parts of objects, one near a border, some on the floor."
     s, B = self.settings, len(features)
-    on = s.clicks + (0 if not plain else s.floor_clicks)
-    parts = torch.multinomial(scene.weight, on, replacement=True, generator=g)
+    parts = _draw(scene.weight, s.clicks + (s.part_clicks + s.floor_clicks if plain else 0), g)
+    if not plain: parts = torch.cat([parts, _draw(scene.part_weight, s.part_clicks, g)], 1)
     floor = torch.full((B, 0 if plain else s.floor_clicks), NONE, device=parts.device)
     part_rows = one_hot_rows(torch.cat([parts, floor], 1))
     object_of = torch.cat([scene.owner.gather(1, parts), floor * 0 - 1], 1)
@@ -228,7 +286,7 @@ def _regions(self, scene: _Scene, g) -> tuple[Tensor, Tensor]: # float[B,P,C], b
     "Region tokens of parts, objects and sets: exact means, or means over a few pixels, with noise."
     s, B = self.settings, len(scene.part_map)
     n = s.regions // 3
-    parts = torch.multinomial(scene.weight, s.regions - n, replacement=True, generator=g)
+    parts = torch.cat([_draw(scene.part_weight, n, g), _draw(scene.weight, s.regions - 2 * n, g)], 1)
     whole = object_rows(scene.owner, scene.owner.gather(1, parts[:, n:]))
     rows = torch.cat([one_hot_rows(parts[:, :n]), whole, self._sets(scene, n, g)], 1)
     weights = masks_of(rows, scene.part_map).float()
@@ -270,28 +328,36 @@ def _loss(self, found: TokenMasks, rows: list[Tensor], scene: _Scene, name: str,
     s, B = self.settings, len(scene.part_map)
     P, low = rows[0].shape[1], self.sam.mask_side
     logits = found.logits.reshape(B, P, 4, low, low)
+    own = [scene.small(r) for r in rows]
     with torch.no_grad():
         hard = (logits > 0).float().reshape(B, P * 4, low * low)
-        own = [scene.small(masks_of(r, scene.part_map)) for r in rows]
         true = soft_ious(hard, scene.entities).amax(-1).reshape(B, P, 4)  # with whatever part or object it fits best
         on_target = [soft_ious(hard.reshape(B * P, 4, -1), o.reshape(B * P, 1, -1)).reshape(B, P, 4) for o in own]
         true = torch.stack([true, *on_target]).amax(0)
     total = s.iou_weight * F.mse_loss(found.ious.reshape(B, P, 4), true)
-    for i, (r, iou) in enumerate(zip(rows, on_target, strict=True)):
+    for i, (r, target, iou) in enumerate(zip(rows, own, on_target, strict=True)):
         valid = r.any(-1).flatten()
         if i and len(rows) > 1: valid &= (r != rows[0]).any(-1).flatten()  # an object with one part is one target, not two
         if not valid.any(): continue
-        target = masks_of(r, scene.part_map).reshape(B * P, scene.H, scene.W)[valid].float()
-        candidates = logits.reshape(B * P, 4, low, low)[valid]
-        cheap = mask_losses(candidates[:, 1:].flatten(0, 1), scene.small(masks_of(r, scene.part_map)).reshape(B * P, low, low)[valid].repeat_interleave(3, 0), s.bce_weight, s.dice_weight).reshape(-1, 3)
-        best = cheap.detach().argmin(1)
-        up = lambda m: F.interpolate(m[:, None], (scene.H, scene.W), mode="bilinear", align_corners=False)[:, 0]
-        chosen = candidates[torch.arange(len(best), device=best.device), best + 1]
-        total = total + mask_losses(up(chosen), target, s.bce_weight, s.dice_weight).mean() + s.spread_weight * cheap.mean()
-        if i == len(rows) - 1: total = total + token0 * mask_losses(up(candidates[:, 0]), target, s.bce_weight, s.dice_weight).mean()
+        target, weight = (t.reshape(B * P, 1, low, low).expand(-1, 4, -1, -1).flatten(0, 1) for t in (target, scene.near(r, s.near_share)))
+        each = self.mask_losses(logits.reshape(-1, low, low), target, s.bce_weight, s.dice_weight, weight).reshape(-1, 4)[valid]
+        total = total + each[:, 1:].amin(1).mean() + s.spread_weight * each[:, 1:].mean()
+        if i == len(rows) - 1: total = total + token0 * each[:, 0].mean()
         log[f"{name}_iou{i}"] = iou.reshape(-1, 4)[valid][:, 1:].amax(1).mean()
     log[f"{name}_single"] = on_target[-1][..., 0].flatten()[rows[-1].any(-1).flatten()].mean()
     log[f"{name}_iou_error"] = (found.ious.reshape(B, P, 4) - true).abs().mean().detach()
     return total
 
-SamTrainee._loss = _loss
+def _map_loss(self, logits: list[Tensor], attributes: Tensor, scene: _Scene, log: dict) -> Tensor:
+    "Cross-entropy of kind and part in every mask cell, half of it on objects that show several parts."
+    low, loss = scene.low, 0
+    shown = scene.part_map[:, scene.H // low // 2::scene.H // low, scene.W // low // 2::scene.W // low].flatten(1)
+    several = scene.several.gather(1, shown).float()
+    weight = .5 / shown.numel() + .5 * several / several.sum().clamp(min=1)
+    for name, x, table in zip(("kind", "part"), logits, attributes[..., :2].unbind(-1), strict=True):
+        target = (table.gather(1, shown) + 1).masked_fill(shown == NONE, 0)
+        loss = loss + (F.cross_entropy(x.flatten(2), target, reduction="none") * weight).sum()
+        log[f"map_{name}"] = ((x.flatten(2).argmax(1) == target).float() * several).sum() / several.sum().clamp(min=1)
+    return loss
+
+SamTrainee._loss, SamTrainee._map_loss = _loss, _map_loss

@@ -101,14 +101,24 @@ def measure_sam(sam: Sam2, pack: Pack, limit: int = 200, seed: int = 0, min_pixe
     return {"object_best3": float(np.mean(found["object"])), "part_best3": float(np.mean(found["part"] or [np.nan])), "clicks": len(estimates) // 3,
             "spearman": float(np.corrcoef(rank(estimates), rank(truths))[0, 1])}
 
+def _sam_groups(trainee: SamTrainee, s: SamTraining) -> list[dict] | None:
+    "What is read off the features, and thrown away, learns faster than the features."
+    if trainee.part_map is None: return None
+    named = [(n.startswith("part_map."), p) for n, p in trainee.named_parameters() if p.requires_grad]
+    return [dict(params=[p for h, p in named if h == head], lr=s.learning_rate * rate) for head, rate in ((False, 1), (True, s.map_rate))]
+
 def train_sam(pack: Pack, folder: str | Path, validation: Pack | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
               start: str | Path | None = None, **changes) -> Sam2:
     "Train the small SAM on a pack; `start` continues from a saved one with a fresh schedule."
     s = load_section(SamTraining, "tiny.sam", **changes)
     sam = (read_sam(start).requires_grad_(True) if start else new_sam(seed=s.seed)).to(device).train()
     validate = None if validation is None else lambda m, step: {f"val_{k}": v for k, v in measure_sam(m.sam, validation, 40).items()}
-    fit(SamTrainee(sam, s), sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run-sam", validate=validate, minutes=minutes, time_schedule=minutes is not None,
+    if start:  # clicks and region tokens stay what they were, for generators that have learned to write them
+        for e in sam.parts.points: e.requires_grad_(False)
+    trainee = SamTrainee(sam, s).to(device)
+    fit(trainee, sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run-sam", _sam_groups(trainee, s), validate=validate, minutes=minutes, time_schedule=minutes is not None,
         cpu=device == "cpu", tracker=tracker)
+    vars(sam).pop("run_decoder", None)  # a compiled one was for training
     if not PartialState().is_main_process: return sam.freeze()
     report = measure_sam(sam, validation) if validation is not None else {}
     save_sam(sam, Path(folder) / "sam", report | {"pack": pack.hash(), "scenes": len(pack)})
