@@ -70,6 +70,12 @@ def test_most_clicks_find_parts_of_objects_that_show_several(pack):
         wanted = several or set(seen)
         assert set(scene.part_weight[b].nonzero().flatten().tolist()) == wanted
     assert scene.several.any(), "the pack has no object of several parts; the test says nothing"
+    model, seen = SamTrainee(Sam2.random(SAM2, trainable=True), small(clicks=0, part_clicks=9, floor_clicks=0)), []
+    forward = model.sam.forward_prompts
+    model.sam.forward_prompts = lambda *a, **k: seen.append(a) or forward(*a, **k)
+    model(batch, 10)
+    xy = (seen[0][2].reshape(2, 9, 2) * 256 / model.sam.side).long()
+    for b in range(2): assert all(scene.part_weight[b, maps[b, y, x]] > 0 for x, y in xy[b].tolist())
 
 def test_shares_are_what_a_picture_shrinks_to(pack):
     batch = sam_batches(pack, 2, 0)(0, 0, 1)

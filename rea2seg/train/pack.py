@@ -131,6 +131,7 @@ def build_pack(
 def _note(folder: Path, scenes: int, settings: dict):
     "Write down, or compare, what a pack is begun with; a last shard that was not full is made anew when the pack grows."
     path, settings = folder / "pack.json", json.loads(json.dumps(settings)) # tuples as the file gives them back
+    if not path.exists() and any(folder.glob("pack-*.npz")): raise ValueError(f"{folder} has shards and no pack.json, which would say what they are: choose another folder")
     was = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings | {"scenes": scenes}
     if other := [k for k in settings if was.get(k) != settings[k]]:
         raise ValueError(f"{folder} was begun with " + ", ".join(f"{k}={was.get(k)!r}" for k in other) + ", got " + ", ".join(f"{k}={settings[k]!r}" for k in other) + ": choose another folder")

@@ -351,13 +351,14 @@ def _loss(self, found: TokenMasks, rows: list[Tensor], scene: _Scene, name: str,
 def _map_loss(self, logits: list[Tensor], attributes: Tensor, scene: _Scene, log: dict) -> Tensor:
     "Cross-entropy of kind and part in every mask cell, half of it on objects that show several parts."
     low, loss = scene.low, 0
-    shown = scene.part_map[:, scene.H // low // 2::scene.H // low, scene.W // low // 2::scene.W // low].flatten(1)
+    y, x = ((2 * torch.arange(low, device=attributes.device) + 1) * n // (2 * low) for n in (scene.H, scene.W))
+    shown = scene.part_map[:, y[:, None], x].flatten(1)  # what stands in the middle of each cell
     several = scene.several.gather(1, shown).float()
     weight = .5 / shown.numel() + .5 * several / several.sum().clamp(min=1)
-    for name, x, table in zip(("kind", "part"), logits, attributes[..., :2].unbind(-1), strict=True):
+    for name, said, table in zip(("kind", "part"), logits, attributes[..., :2].unbind(-1), strict=True):
         target = (table.gather(1, shown) + 1).masked_fill(shown == NONE, 0)
-        loss = loss + (F.cross_entropy(x.flatten(2), target, reduction="none") * weight).sum()
-        log[f"map_{name}"] = ((x.flatten(2).argmax(1) == target).float() * several).sum() / several.sum().clamp(min=1)
+        loss = loss + (F.cross_entropy(said.flatten(2), target, reduction="none") * weight).sum()
+        log[f"map_{name}"] = ((said.flatten(2).argmax(1) == target).float() * several).sum() / several.sum().clamp(min=1)
     return loss
 
 SamTrainee._loss, SamTrainee._map_loss = _loss, _map_loss
