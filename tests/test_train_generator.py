@@ -24,7 +24,7 @@ from rea2seg.masks import to_rle
 from rea2seg.sam2_model import Sam2
 from rea2seg.settings import SettingsError, load_section
 from rea2seg.train.families import SampleTrainee, choose_weights, measure_samples, merge_lora, prepare_sample, train_samples
-from rea2seg.train.generator import GeneratorShape, GeneratorTrainee, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, trainee_of
+from rea2seg.train.generator import GeneratorShape, GeneratorTrainee, GeneratorTraining, QuestionBatches, draw_answers, new_generator, pack_examples, per_owner, photo_tokens, trainee_of
 from rea2seg.train.pack import Pack
 from rea2seg.train.samples import Mixture, SampleTraining, open_sources
 from rea2seg.train.tiny import HEAD, deepen, optimizer_groups
@@ -79,7 +79,7 @@ def trainee_answer(k: int) -> list[int]: return [5 + k, 6, 7 + k % 2]
 def test_a_question_sees_no_other(packs):
     trainee, batches = packed_trainee(packs, questions=3)
     batch = batches(0, 0, 1)
-    tokens, _ = trainee._tokens(batch["image"])
+    tokens, _ = photo_tokens(trainee.model, batch["image"])
     ask = lambda questions: trainee.model.packed(tokens, [trainee.prefix] * 2, questions).prompt_embeds
     with torch.no_grad(): a, b = ask(batch["questions"]), ask([[q[0], [9, 9, 9, 9], q[2]] for q in batch["questions"]])
     assert torch.allclose(a[[0, 2, 3, 5]], b[[0, 2, 3, 5]], atol=1e-5) and not torch.allclose(a[[1, 4]], b[[1, 4]], atol=1e-4)
@@ -376,5 +376,5 @@ def test_only_the_connection_module_learns():
     train = lambda **changes: GeneratorTrainee((g := load_generator("embedded:generator")).model, g.sam, [], load_section(GeneratorTraining, "tiny.generator", **polish | changes))
     names = {n.removeprefix("model.").split(".")[0] for n, p in train().named_parameters() if p.requires_grad}
     assert names == {"connector", "conv_1d", "proj_to_sam"}
-    with pytest.raises(ValueError, match="trained must be all or connector, got 'half'"): train(trained="half")
+    with pytest.raises(ValueError, match="trained must be all, eyes or connector, got 'half'"): train(trained="half")
     with pytest.raises(ValueError, match="must be 0 where only the connector is trained"): train(attention_weight=1.0)

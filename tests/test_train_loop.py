@@ -218,3 +218,17 @@ def test_figures_reach_the_tracker_without_pyplot(tmp_path, monkeypatch):
     tracker.images("pictures", [figure, Figure(figsize=(1, 1))] * 30, 7)
     (values, step), = sent
     assert step == 7 and len(values["pictures"]) == 49 and isinstance(values["pictures"][0], wandb.Image)
+
+def test_muon_trains_matrices_beside_adamw_and_resumes(tmp_path):
+    def go(folder, **o):
+        model = Line()
+        groups = [dict(params=[model.w.weight], lr=0.01, muon=True), dict(params=[model.w.bias], lr=0.005)]
+        rows = fit(model, draws, line(steps=20, save_every=5, warmup_steps=1), folder, groups, cpu=True, progress=False, **o)
+        return model, rows
+    _, whole = go(tmp_path / "whole")
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.1
+    go(tmp_path / "parts", stop_after=7); _, rest = go(tmp_path / "parts")
+    assert len(rest) == 13 and [r["loss"] for r in rest] == [r["loss"] for r in whole[7:]]
+    model, _ = go(tmp_path / "one", stop_after=1)
+    change = torch.linalg.svdvals((model.w.weight - Line().w.weight).detach())
+    assert change[0] < 2 * change[-4] and (model.w.bias - Line().w.bias).abs().max() == pytest.approx(0.005, rel=0.01), "Muon moves in all directions alike, AdamW each number by its rate"

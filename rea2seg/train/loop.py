@@ -125,7 +125,7 @@ def fit(
     batch_at: Callable[[int, int, int], Any], # (micro-step, rank, world) -> this process' part of the batch
     settings: LoopSettings,
     folder: str | Path,               # checkpoints and log.jsonl
-    groups: list[dict] | None = None, # optimizer groups with their own lr, default all trainable parameters
+    groups: list[dict] | None = None, # optimizer groups with their own lr, default all trainable parameters; `muon: True` for matrices that Muon shall train
     validate: Callable[[nn.Module, int], dict] | None = None, # called at every checkpoint on the main process; figures under "pictures" go to W&B
     tracker: Tracker | None = None,
     stop_after: int | None = None,    # stop (with a checkpoint) after this many steps of this call; the schedule stays that of the whole run
@@ -141,13 +141,14 @@ def fit(
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     set_seed(settings.seed)
     base = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups or base, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98 if groups else 0.999))
-    start_time, rates = time.perf_counter(), [g["lr"] for g in optimizer.param_groups]
+    optimizers = _optimizers(groups or [{"params": base}], settings, betas=(0.9, 0.98 if groups else 0.999))
+    start_time, rated = time.perf_counter(), lambda: [g for o in optimizers for g in o.param_groups]
+    rates = [g["lr"] for g in rated()]
     def progress_of(step: int) -> float:  # in steps; the clock may be ahead, and must say the same in every process
         if not (time_schedule and minutes): return step
         clock = _mean(accelerator, (time.perf_counter() - start_time) / 60 / minutes) * settings.steps
         return min(max(step, clock), settings.steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
     log_path, step = folder / "log.jsonl", 0
     if accelerator.is_main_process:
         for torn in folder.glob(".writing-*"): shutil.rmtree(torn, ignore_errors=True)
@@ -166,7 +167,7 @@ def fit(
             done = progress_of(step)
             factor = linear_schedule(step, settings.warmup_steps, settings.steps)
             if done > step: factor = min(factor, linear_schedule(done, 0, settings.steps))  # the clock is ahead
-            for g, rate in zip(optimizer.param_groups, rates, strict=True): g["lr"] = rate * factor
+            for g, rate in zip(rated(), rates, strict=True): g["lr"] = rate * factor
             for micro in range(settings.accumulation):
                 model_.progress = done / settings.steps
                 batch = batch_at(step * settings.accumulation + micro, rank, world)
@@ -175,13 +176,13 @@ def fit(
                     _check_loss(loss, batch, folder, step, accelerator)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients: norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm)
-                    optimizer.step(); optimizer.zero_grad()
+                    for o in optimizers: o.step(); o.zero_grad()
                 if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                     for k, v in {"loss": loss, **extra}.items():
                         totals[k] = totals.get(k, 0.0) + _mean(accelerator, v) / settings.accumulation
             step += 1; bar.update()
             if totals:
-                totals.update(step=step, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm), seconds=time.perf_counter() - began)
+                totals.update(step=step, lr=rated()[0]["lr"], grad_norm=float(norm), seconds=time.perf_counter() - began)
                 history.append(totals); bar.set_postfix(loss=f"{totals['loss']:.3f}")
                 if accelerator.is_main_process:
                     with log_path.open("a") as f: f.write(json.dumps({k: _round(v) for k, v in totals.items()}) + "\n")
@@ -204,6 +205,12 @@ def fit(
             if stop: break
     bar.close()
     return history
+
+def _optimizers(groups: list[dict], settings: LoopSettings, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
+    "AdamW, and Muon for the groups that ask for it, both with AdamW's size of steps."
+    kept = [[{k: v for k, v in g.items() if k != "muon"} for g in groups if g.get("muon", False) == muon] for muon in (False, True)]
+    common = dict(lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return [make(own) for own, make in zip(kept, (lambda own: torch.optim.AdamW(own, betas=betas, **common), lambda own: torch.optim.Muon(own, adjust_lr_fn="match_rms_adamw", **common))) if own]
 
 def _mean(accelerator: Accelerator, value: Tensor | float) -> float:
     "A logged number as the mean over processes."

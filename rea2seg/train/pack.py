@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -176,6 +176,10 @@ class Pack:
         cat = lambda k: torch.from_numpy(np.concatenate([p[k] for p in parts])[:limit])
         questions = [q for p in parts for q in json.loads(p["questions"].tobytes())][:limit]
         return cls(*(cat(k).to(device) for k in ("image", "part_map", "part_object", "part_attributes")), questions, cat("seed"))
+
+    def first(self, n: int) -> "Pack":
+        "The first scenes alone."
+        return Pack(*(getattr(self, f.name)[:n] for f in fields(self)))
 
     def hash(self) -> str:
         "Identifies the data in provenance."

@@ -26,6 +26,7 @@ from ..lens_files import save_generator
 from ..sam import load_sam2
 from ..sam2_model import Sam2
 from ..settings import load_section, parse_changes
+from .eyes import EyesTraining, eyes_groups, train_eyes
 from .generator import GeneratorTrainee, GeneratorTraining, by_category, draw_answers, ground_pack, new_generator, pack_examples, trainee_of
 from .loop import Tracker, fit
 from .pack import Pack, build_pack, sam_batches
@@ -199,7 +200,8 @@ def measure_generator(generator: LensGenerator, validation: Pack, **changes) -> 
     return _report(ground_pack(trainee.eval(), validation, lambda q: batches.suffix[q]))
 
 def optimizer_groups(trainee: GeneratorTrainee, s: GeneratorTraining) -> list[dict] | None:
-    "The layers that find what is mentioned learn at a rate of their own."
+    "The layers that find what is mentioned learn at a rate of their own; where the eyes alone learn, Muon trains the matrices of their blocks."
+    if s.trained == "eyes": return eyes_groups(trainee.model.visual, s.learning_rate, load_section(EyesTraining, "tiny.eyes").other_rate) + ([dict(params=list(trainee.attributes.parameters()), lr=s.learning_rate)] if trainee.attributes is not None else [])
     if not s.mention_weight or s.mention_rate == 1: return None
     named = [(n, p) for n, p in trainee.named_parameters() if p.requires_grad]
     inner = lambda n: (m := _layer.search(n)) is not None and s.mention_first <= int(m[1]) <= s.mention_last
@@ -209,7 +211,7 @@ def optimizer_groups(trainee: GeneratorTrainee, s: GeneratorTraining) -> list[di
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.tiny STEP`."
     p = argparse.ArgumentParser(prog="rea2seg.train.tiny", description=main.__doc__)
-    p.add_argument("step", choices=("pack", "validation", "sam", "deepen", "generator", "measure"))
+    p.add_argument("step", choices=("pack", "validation", "sam", "deepen", "eyes", "generator", "measure"))
     p.add_argument("--pack", action="append", help="folder of a pack; may be repeated for training")
     p.add_argument("--validation"); p.add_argument("--out", default="runs/tiny"); p.add_argument("--sam", help="folder of a trained SAM")
     p.add_argument("--start", help="weights to continue from, with a fresh schedule")
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None):
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("--copies", type=int, nargs="+", help="layers that deepen copies")
     a = p.parse_args(argv)
-    changes = parse_changes(a.set, SamTraining if a.step == "sam" else GeneratorTraining)
+    changes = parse_changes(a.set, {"sam": SamTraining, "eyes": EyesTraining}.get(a.step, GeneratorTraining))
     if a.step == "deepen":
         if not a.start or not a.copies: p.error("deepen needs --start and --copies")
         deepen(a.start, a.out, a.copies); return
@@ -226,13 +228,15 @@ def main(argv: list[str] | None = None):
         if not a.start or not a.validation: p.error("measure needs --start and --validation")
         print(json.dumps(measure_generator(load_generator(a.start, device=a.device), Pack.load(a.validation, a.scenes, a.device), **changes))); return
     if not a.pack: p.error(f"{a.step} needs --pack")
+    if a.step == "eyes" and not a.start: p.error("eyes needs --start, the generator whose eyes learn")
     if a.step == "pack": make_packs(a.pack[0], a.device, a.workers, a.scenes, a.first, a.questions, a.categories); return
     if a.step == "validation": make_validation(a.pack[0], a.device, a.workers, a.scenes); return
     torch.set_float32_matmul_precision("high")
     pack = Pack.load(a.pack, a.scenes, device=a.device)
     validation = Pack.load(a.validation, device=a.device) if a.validation else None
     tracker = Tracker(name=f"tiny-{a.step}", config=vars(a), folder=Path(a.out))
-    if a.step == "sam": train_sam(pack, a.out, validation, a.minutes, a.device, tracker, a.start, **changes)
+    if a.step == "eyes": train_eyes(load_generator(a.start), pack, a.out, validation, a.minutes, a.device, tracker, **changes)
+    elif a.step == "sam": train_sam(pack, a.out, validation, a.minutes, a.device, tracker, a.start, **changes)
     else:
         start = load_generator(a.start, sam=read_sam(a.sam) if a.sam else None) if a.start else None
         train_generator(pack, start.sam if start else read_sam(a.sam), a.out, validation, a.minutes, a.device, tracker, start, head_of(a.start), **changes)
