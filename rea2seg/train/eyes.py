@@ -171,13 +171,10 @@ def train_eyes(generator: LensGenerator, pack: Pack, folder: str | Path, validat
     known = labels[..., 0] >= 0
     reading = linear_reading(tokens[known], labels[known], s.probe_steps, s.seed).to(device)
     trainee = EyesTrainee(model, reading, s).to(device)
-    measure = lambda: accuracy(reading.cpu(), *read_pack(model, validation, s.least))
-    def validate(m, step):
-        found = {f"val_{k}": v for k, v in measure().items()}
-        reading.to(device); return found
+    measure = lambda: accuracy(deepcopy(reading).cpu(), *read_pack(model, validation, s.least))
     report = {"before": measure()} if validation is not None else {}
-    reading.to(device)
-    fit(trainee, sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run-eyes", trainee.groups(), validate=validate if validation is not None else None, minutes=minutes,
+    validate = None if validation is None else lambda m, step: {f"val_{k}": v for k, v in measure().items()}
+    fit(trainee, sam_batches(pack, s.batch_size, s.seed), s, Path(folder) / "run-eyes", trainee.groups(), validate=validate, minutes=minutes,
         time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
     model.eval()
     if not PartialState().is_main_process: return generator
