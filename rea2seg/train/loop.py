@@ -207,7 +207,7 @@ def fit(
     return history
 
 def _optimizers(groups: list[dict], settings: LoopSettings, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
-    "AdamW, and Muon for the groups that ask for it, both with AdamW's size of steps."
+    "AdamW, and Muon for the groups that ask for it, its steps scaled to the usual size of AdamW's."
     kept = [[{k: v for k, v in g.items() if k != "muon"} for g in groups if g.get("muon", False) == muon] for muon in (False, True)]
     common = dict(lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return [make(own) for own, make in zip(kept, (lambda own: torch.optim.AdamW(own, betas=betas, **common), lambda own: torch.optim.Muon(own, adjust_lr_fn="match_rms_adamw", **common))) if own]
