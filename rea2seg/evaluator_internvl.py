@@ -193,7 +193,7 @@ def write_freely(
     end, words = encoder.ids["<|im_end|>"], len(encoder.tokenizer)
     banned = torch.zeros(rows.logits.shape[1], dtype=torch.bool, device=rows.device)
     banned[[i for i in encoder.added.values() if i < len(banned)]] = True
-    banned[end] = False; banned[words:] = True
+    banned[[end, *encoder.places.values()]] = False; banned[words:] = True
     said, going, tail = [[] for _ in active], list(active), max(8, len(stop) + 2)
     decode = lambda ids: encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for _ in range(limit):
@@ -253,6 +253,7 @@ class GroupBuilder:
 
     def stages(self, question: str, tiles: list[int], reasoning: bool) -> list[tuple[list[int], int]]: # ids and numbers; tiles of each mask
         "What a group adds, up to the first digit or to where the reasoning starts."
+        reasoning = reasoning and not self.template.first
         got = stages(self.template, question, len(tiles), self.settings.question_place, reasoning)
         return [(self.encoder(s.parts, [0, *tiles]) + ([] if reasoning and k == 0 else self.encoder.text(self.template.open)), s.numbers) for k, s in enumerate(got)]
 
@@ -272,6 +273,7 @@ class GroupBuilder:
         ids, learn, numbers, todo = self.opening(question, tiles[0]), [], [], list(ious)
         learn = [False] * len(ids)
         def add(new, learnt): ids.extend(new); learn.extend([learnt] * len(new))
+        if reasoning is not None and t.first: add(enc.thought(reasoning), True); reasoning = None
         for k, (asked, count) in enumerate(self.stages(question, [0] * n if looks else tiles[1:], reasoning is not None)):
             add(asked[:1], k > 0); add(asked[1:], False)   # a further turn begins with the end of the model's last one
             if reasoning is not None and k == 0: add(enc.text(reasoning.strip()) + enc.text("\n") + enc.text(t.open), True)
@@ -358,25 +360,49 @@ class InternvlEvaluator(GroupScorer):
         head, columns = self._embed(asked, [(photo, None)])[0], torch.tensor([i for i, t in enumerate(asked) if t == self.builder.encoder.ids["<IMG_CONTEXT>"]], device=self.model.device)
         said, step, tokens = [], self.builder.options.groups_at_once if self.share else 1, 0
         def start() -> Rows: rows = Rows(self.model); rows.photo = columns; return rows
-        if self.share:
-            first = start()
-            first.feed([head]); tokens += first.read
+        def opened() -> tuple[Rows, str]: rows = start(); rows.feed([head]); return rows, self._think(rows)
+        alone = not self.share and not self._thinks_first
+        if self.share: first, thought = opened(); tokens += first.read
         for i in range(0, len(groups), step):
             part = [[features[m] for m in g] for g in groups[i:i + step]]
-            rows = first.spread(len(part)) if self.share else start()
-            said += self._answer(rows, question, part, None if self.share else head); tokens += rows.read
+            rows, thought = (first.spread(len(part)), thought) if self.share else (start(), "") if alone else opened()
+            said += self._answer(rows, question, part, head if alone else None, thought); tokens += rows.read
         values, reasoning, raw = (list(x) for x in zip(*said))
         return GroupScores(values, tuple(reasoning) if self.settings.chain_of_thought else (), tuple(raw), {"tokens": tokens})
 
-    def _answer(self, rows: Rows, question: str, part: list[list[tuple[Tensor, Glance | None]]], head: Tensor | None) -> list[tuple[list[float], str, str]]: # values, reasoning, raw text
+    @property
+    def _thinks_first(self) -> bool: return self.settings.chain_of_thought and self.builder.template.first
+
+    def _think(self, rows: Rows) -> str:
+        "Reasoning about picture and question alone, where the template has it there."
+        if not self._thinks_first: return ""
+        b, most, limit = self.builder, self.settings.max_reasoning_tokens, self.model.config.text_config.max_position_embeddings
+        if (longest := int(rows.next.max()) + most) > limit: raise ValueError(f"picture, question and reasoning take up to {longest} tokens, the model {limit}: use a smaller max_reasoning_tokens")
+        said = write_freely(rows, b.encoder, b.template.open.rstrip(), most, [True])[0]
+        rows.write([[b.encoder.ids["<|im_end|>"]]])
+        return said
+
+    @torch.no_grad()
+    def think(self, image: np.ndarray, questions: list[str]) -> list[str]:
+        "What it reasons about questions on one picture, which is read once, where the template reasons before it sees masks."
+        if not self._thinks_first: raise ValueError(f"prompt {self.settings.prompt!r} reasons about masks, or chain_of_thought is off")
+        photo, b = self._features(image, torch.zeros(0, *image.shape[:2], dtype=torch.bool))[0], self.builder
+        asked = [b.opening(q, len(photo) // b.encoder.tokens_per_tile) for q in questions]
+        same = max(i for i, t in enumerate(asked[0]) if t == b.encoder.ids["</img>"]) + 1
+        rows = Rows(self.model)
+        rows.feed([self._embed(asked[0][:same], [(photo, None)])[0]])
+        rows = rows.spread(len(questions)); rows.write([a[same:] for a in asked])
+        return write_freely(rows, b.encoder, b.template.open.rstrip(), self.settings.max_reasoning_tokens, [True] * len(questions))
+
+    def _answer(self, rows: Rows, question: str, part: list[list[tuple[Tensor, Glance | None]]], head: Tensor | None, thought: str = "") -> list[tuple[list[float], str, str]]: # values, reasoning, raw text
         "Ask the groups of one batch, stage by stage; `head` is read first where the rows are empty."
         s, b = self.settings, self.builder
         per_tile, limit = b.encoder.tokens_per_tile, self.model.config.text_config.max_position_embeddings
         asked = [b.stages(question, [len(f) // per_tile for f, _ in fs], s.chain_of_thought) for fs in part]
-        values, said, lines, unread = [[] for _ in part], [""] * len(part), [[] for _ in part], [[] for _ in part]
+        values, said, lines, unread = [[] for _ in part], [thought] * len(part), [[] for _ in part], [[] for _ in part]
         for k in range(max(map(len, asked))):
             active = [k < len(a) for a in asked]
-            reason = s.chain_of_thought and k == 0
+            reason = s.chain_of_thought and not b.template.first and k == 0
             chunks = [self._embed(u + a[k][0], [f[k]] if b.template.turns else f) if on else self._embed([], []) for on, u, a, f in zip(active, unread, asked, part)]
             if head is not None and k == 0: chunks = [(torch.cat([head, c]), [replace(g, at=g.at + len(head)) for g in own]) for c, own in chunks]
             longest = max(n + len(c) for n, (c, _) in zip(rows.next.tolist(), chunks)) + (s.max_reasoning_tokens if reason else 0) + 8 * s.group_size

@@ -184,6 +184,7 @@ class Internvl:
     tokenizer: PreTrainedTokenizerFast
     tiling: Tiling
     layout: str = "native"
+    lora: dict[str, Tensor] | None = None # low-rank changes of shared weights, as a checkpoint has them; they are in the model already
 
     def __post_init__(self):
         if self.tokens_per_mask is not None: self.model.model.language_model.config._attn_implementation = LOOKS
@@ -271,6 +272,7 @@ def load_internvl(
     state = native_state(weights)
     if note := read_json(folder, SHARES, required=False).get("shares"): state |= _shared(folder, note, dtype, state)
     if lora: add_changes(state, lora_changes(lora, {}, str(folder)), str(folder))
+    kept = {native_name(n): t for n, t in lora.items()} if note and lora else None
     native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) if kind == "internvl_chat" else _native(config)
     if native.image_token_id != tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"): raise CheckpointError(f"{folder}: image_token_id {native.image_token_id} is not the tokenizer's <IMG_CONTEXT>")
     if adapter is not None:
@@ -282,7 +284,7 @@ def load_internvl(
     model = _build(native, dtype)
     load_strict(model, {k: v.to(dtype) for k, v in state.items()}, folder)
     if len(tokenizer) > model.config.text_config.vocab_size: raise CheckpointError(f"{folder}: {len(tokenizer)} tokens, but embeddings for {model.config.text_config.vocab_size}")
-    return Internvl(model.to(device).eval(), tokenizer, _tiling(folder, config, native), "original" if kind == "internvl_chat" else "native")
+    return Internvl(model.to(device).eval(), tokenizer, _tiling(folder, config, native), "original" if kind == "internvl_chat" else "native", kept)
 
 def _build(config: InternVLConfig, dtype: torch.dtype) -> InternVLForConditionalGeneration:
     "The empty model; initialising billions of weights only to replace them would take minutes."
@@ -353,7 +355,7 @@ def save_evaluator(
     loaded: Internvl,
     folder: str | Path,              # replaced when it exists
     dtype: torch.dtype | None = None, # cast the weights, e.g. to bfloat16
-    shares: str | None = None,       # relative path of a generator; its vision tower and layers are not written again where they are the same
+    shares: str | None = None,       # relative path of a generator; its vision tower and layers are not written again where they are the same, or differ by `loaded.lora`
 ) -> Path:
     "Write model, tokenizer and preprocessing as a native checkpoint."
     t = loaded.tiling
@@ -363,9 +365,13 @@ def save_evaluator(
         if shares:
             theirs = generator_weights(Path(folder) / shares, torch.bfloat16)
             whole = {p: [n for n in theirs if n.startswith(p)] for p in sorted({_piece(n) for n in theirs})}
-            same = [p for p, names in whole.items() if all(n in state and torch.equal(state[n].to(torch.bfloat16), theirs[n]) for n in names)]
+            changes = lora_changes(loaded.lora, {}, "this evaluator") if loaded.lora else {}
+            changed = lambda n: (theirs[n].float() + changes[n].cpu()).to(torch.bfloat16) if n in changes else theirs[n]
+            same = [p for p, names in whole.items() if all(n in state and torch.equal(state[n].to(torch.bfloat16), changed(n)) for n in names)]
+            if lost := sorted(n for n in changes if not any(n.startswith(p) for p in same)): raise CheckpointError(f"low-rank changes do not make the evaluator's weights of the generator's: {_some(lost)}")
             if not same: raise CheckpointError(f"neither the tower nor a layer of the evaluator is that of {os.path.normpath(Path(folder) / shares)}")
-            own = {n: state.pop(n) for p in same for n in whole[p]}
+            own = {n: theirs[n] for p in same for n in whole[p]}
+            state = {n: t for n, t in state.items() if n not in own} | {n: t if dtype is None else t.to(dtype) for n, t in (loaded.lora or {}).items()}
             (new / SHARES).write_text(json.dumps({"shares": {"generator": shares, "names": same, "mark": _mark(own)}}))
         loaded.model.save_pretrained(new, state_dict=state)
         loaded.tokenizer.save_pretrained(new)

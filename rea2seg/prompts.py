@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEW_WORDS', 'TEMPLATES', 'START', 'END', 'Template', 'Control', 'Picture', 'Stage', 'opening', 'stages', 'rendered',
-           'Encoder']
+           'place_name', 'Encoder']
 
 # %% ../nbs/api/prompts.ipynb #81494c9a
 import re
@@ -25,6 +25,7 @@ class Template:
     close: str
     turns: bool = False  # a score after every mask, in turns of its own
     bare: bool = False   # no words but the question: photo and question are the user's turn, masks and scores the answer
+    first: bool = False  # reasoning comes before the masks, once for all groups, and ends its turn
 
     def line(self, numbers: list[str]) -> str: return self.open + self.sep.join(numbers) + self.close
 
@@ -45,7 +46,7 @@ TEMPLATES = {
                       open="IoU: ", sep=" ", close=""),
     "turns": Template(system="You grade masks.", task="Photo, then masks ({view}).", question="Question: {question}", ask="IoU:", think="Reason, then IoU:",
                       open="IoU: ", sep=" ", close="", turns=True),
-    "bare": Template(system="", task="", question="{question}", ask="", think="", open="=", sep=" ", close="", turns=True, bare=True),
+    "bare": Template(system="", task="", question="{question}", ask="", think="", open="=", sep=" ", close="", turns=True, bare=True, first=True),
 }
 
 # %% ../nbs/api/prompts.ipynb #eddee1fd
@@ -94,11 +95,18 @@ def rendered(parts: list) -> str:
     return "".join(p if isinstance(p, str) else p.token if isinstance(p, Control) else "<image>" for p in parts)
 
 # %% ../nbs/api/prompts.ipynb #f78737aa
+def place_name(row: int, column: int) -> str:
+    "The token of a place in the picture, by its row and column of image tokens."
+    return f"<r{row}c{column}>"
+
+_place = re.compile(r"^<r\d+c\d+>$")
+
 class Encoder:
     "Turns parts into token ids for one tokenizer."
     def __init__(self, tokenizer, tokens_per_tile: int, tokens_per_mask: int | None = None): # None: masks are pictures like others
         self.tokenizer, self.tokens_per_tile, self.tokens_per_mask = tokenizer, tokens_per_tile, tokens_per_mask
         self.added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+        self.places = {t: i for t, i in self.added.items() if _place.match(t)} # tokens that reasoning may hold
         self.ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")}
         self._found = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)), re.IGNORECASE)
 
@@ -111,6 +119,15 @@ class Encoder:
         ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
         if set(ids) & set(self.added.values()): return [i for c in text for i in (self.text(c) if len(text) > 1 else [])] # a normalizer made one
         return ids
+
+    def places_in(self, text: str) -> list[str]:
+        "Names of the places that a text speaks of, in order."
+        return [p for p in re.findall(r"<r\d+c\d+>", text) if p in self.places]
+
+    def thought(self, text: str) -> list[int]:
+        "Ids of reasoning, with its places, and the end of its turn."
+        pieces = re.split("(" + "|".join(map(re.escape, self.places)) + ")", text) if self.places else [text]
+        return [i for p in pieces for i in ([self.places[p]] if p in self.places else self.text(p))] + [self.ids["<|im_end|>"]]
 
     def picture(self, tiles: int) -> list[int]:
         "`<img>`, one `<IMG_CONTEXT>` a feature, `</img>`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_TOKENS', 'WANTED', 'LookTraining', 'soft_digits', 'rank_loss', 'LookMask', 'LookRows', 'lay_out_looks',
-           'LookTrainee', 'on_target', 'point_losses', 'look_losses']
+           'PhotoTrainee', 'LookTrainee', 'on_target', 'look_losses']
 
 # %% ../../nbs/api/train_looks.ipynb #de0f71c2
 from dataclasses import dataclass, field
@@ -25,9 +25,7 @@ class LookTraining(LoopSettings):
     "`[tiny.evaluator]`: the loop's numbers, what a step holds, and loss weights."
     questions: int             # of each scene, where candidates are scored
     masks: int                 # candidates of each question
-    point_share: float         # share of the steps without candidates, which teach where to look; all of them where nothing was mined
-    point_questions: int       # of each scene, in these
-    warmup_share: float        # share of easy questions, in these
+    reason_share: float        # share of the questions that have their reasoning behind them
     digit_spread: float        # standard deviation of the digits' soft targets, in IoU
     positive_weight: float     # factor of scores whose true IoU is at least `positive_iou`
     positive_iou: float
@@ -126,49 +124,26 @@ def lay_out_looks(
     return LookRows(ids, place, near & real[:, :, None] | torch.eye(len(order), dtype=torch.bool), N)
 
 # %% ../../nbs/api/train_looks.ipynb #7b02028c
-class LookTrainee(nn.Module):
-    "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q), target bool[B,Q,T] and float[B,Q,M,...]: covered [T], figures [9], iou, recall, precision. Without the last three only where to look is learnt."
+class PhotoTrainee(nn.Module):
+    "What all training of the embedded evaluator shares: prompts cut around their photo, and photos seen once."
     progress = 0.0
-    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
+    def __init__(self, loaded: Internvl, profile: Settings):
         super().__init__()
         if loaded.tokens_per_mask is None: raise ValueError("this evaluator looks at pictures of masks, not through them: `rea2seg train evaluator` trains it")
-        self.model, self.settings = loaded.model, settings
+        self.model, self._seen = loaded.model, {}
         self.builder = GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, profile, tokens_per_mask=loaded.tokens_per_mask)
-        lm, enc = loaded.model.model.language_model, self.builder.encoder
-        ids = [enc.text(str(d)) for d in range(10)]
-        if any(len(i) != 1 for i in ids): raise ValueError("the tokenizer must have one token a digit")
-        self.digits = [i[0] for i in ids]
-        self.mask_ids = self.builder.stages("", [0], False)[0][0] + enc.text("0.")
-        if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
-        self.told_from = len(lm.layers) - len(self.eyes.told)
-        if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
-        if not 0 <= settings.frozen_layers < len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must leave some of {len(lm.layers)} layers to learn, got {settings.frozen_layers}")
-        self.prefix = self._cut("")[0]
-        self._seen: dict[object, Tensor] = {}
+        self.prefix = self.cut("")[0]
+        self.photo_at = self.prefix.index(self.builder.encoder.ids["<IMG_CONTEXT>"]) # first of the photo's tokens
         loaded.model.requires_grad_(False)
-        for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
-        self.written = nn.Parameter(lm.embed_tokens.weight[self.digits].detach().clone())  # the digits' rows, which alone of the words learn
-        self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
 
     @property
     def eyes(self): return self.model.model.vision_tower
 
-    def _cut(self, question: str) -> tuple[list[int], list[int]]: # up to the photo's end, the rest
+    def cut(self, question: str) -> tuple[list[int], list[int]]: # up to the photo's end, the rest
         "A prompt around its photo."
         ids = self.builder.opening(question, 1)
         end = max(i for i, t in enumerate(ids) if t == self.builder.encoder.ids["</img>"]) + 1
         return ids[:end], ids[end:]
-
-    def groups(self) -> list[dict]:
-        "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
-        s, fast = self.settings, [self.written, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
-        taken = {id(p) for p in fast}
-        return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
-
-    @torch.no_grad()
-    def settle(self):
-        "Put the learnt digits into the word matrix, from where scoring reads and writes them."
-        self.model.get_input_embeddings().weight[self.digits] = self.written
 
     @torch.no_grad()
     def see(self, image: list[Tensor], scenes: list) -> Tensor: # float[B,T,d]
@@ -179,19 +154,46 @@ class LookTrainee(nn.Module):
             self._seen.update({scenes[b]: f.bfloat16() for b, f in zip(new, found, strict=True)})
         return torch.stack([self._seen[k] for k in scenes]).float()
 
-    def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, masks_learn: bool = True) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
-        "Everything read off: tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads) of the layers where it is supervised."
+class LookTrainee(PhotoTrainee):
+    "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q), reasons (what stands behind each question, ids, B x Q; none without), target bool[B,Q,T] and float[B,Q,M,...]: covered [T], figures [9], iou, recall, precision."
+    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
+        super().__init__(loaded, profile)
+        self.settings = settings
+        lm, enc = loaded.model.model.language_model, self.builder.encoder
+        ids = [enc.text(str(d)) for d in range(10)]
+        if any(len(i) != 1 for i in ids): raise ValueError("the tokenizer must have one token a digit")
+        self.digits = [i[0] for i in ids]
+        self.mask_ids = self.builder.stages("", [0], False)[0][0] + enc.text("0.")
+        if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
+        self.told_from = len(lm.layers) - len(self.eyes.told)
+        if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
+        if not 0 <= settings.frozen_layers <= len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must be 0 to {len(lm.layers)}, got {settings.frozen_layers}")
+        for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
+        self.written = nn.Parameter(self.model.lm_head.weight[self.digits].detach().clone())  # the digits' rows of the output layer, which alone of the words learn
+        self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
+
+    def groups(self) -> list[dict]:
+        "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
+        s, fast = self.settings, [self.written, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
+        taken = {id(p) for p in fast}
+        return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
+
+    @torch.no_grad()
+    def settle(self):
+        "Put the learnt digits into the output layer, from where scoring reads them."
+        self.model.lm_head.weight[self.digits] = self.written
+
+    def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, reasons: list[list[list[int]]] | None = None) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
+        "Everything read off: units [B,Q,M,2] (a score begins with 0 or 1), tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads) of the layers where it is supervised."
         lm, (B, Q, M, T), P, first, K = self.model.model.language_model, covered.shape, len(self.prefix), self.told_from, len(self.mask_ids)
-        plan = lay_out_looks([[self._cut(q)[1] for q in of] for of in questions], M, self.mask_ids)
+        plan = lay_out_looks([[self.cut(q)[1] + (reasons[b][k] if reasons else []) for k, q in enumerate(of)] for b, of in enumerate(questions)], M, self.mask_ids)
         device, N, L = photo.device, plan.question, plan.ids.shape[-1]
-        words = lm.embed_tokens.weight.detach().index_copy(0, torch.tensor(self.digits, device=device), self.written.detach().to(lm.embed_tokens.weight.dtype))
-        start = self.prefix.index(self.builder.encoder.ids["<IMG_CONTEXT>"])
+        words, start = lm.embed_tokens.weight.detach(), self.photo_at
         before = F.embedding(torch.tensor(self.prefix, device=device), words).expand(B, -1, -1)
         blocks = F.embedding(plan.ids.to(device), words)
         tokens, views = self.eyes.see_masks(covered, figures)
         masks = torch.cat([tokens, blocks[:, :, N:].unflatten(2, (M, K))[:, :, :, 2:]], 3).flatten(2, 3)
         embeds = torch.cat([before[:, :start], photo, before[:, start + T:], torch.cat([blocks[:, :, :N], masks], 2).flatten(1, 2)], 1)
-        if not masks_learn: embeds = embeds.detach()  # so the layers that stay as they are keep nothing for a way back
         onto = torch.zeros(B, Q, L, P, device=device)
         onto[:, :, N:].view(B, Q, M, K, P)[:, :, :, :2, start:start + T] = views.detach()
         mask = LookMask(P, plan.near.to(device), onto.flatten(1, 2)[:, None], slice(start, start + T), covered, self.eyes.told.unflatten(2, (lm.config.num_attention_heads, -1)), first,
@@ -202,31 +204,23 @@ class LookTrainee(nn.Module):
         try: hidden = lm(inputs_embeds=embeds, attention_mask={"full_attention": mask}, position_ids=places, use_cache=False).last_hidden_state
         finally:
             for h in hooks: h.remove()
-        point = torch.arange(M, device=device) * K + N + K - 1
-        at_point = lambda t: t[:, P:].unflatten(1, (Q, L))[:, :, point]
-        tenths = (at_point(hidden) @ self.written.T).float()
+        mask_at = torch.arange(M, device=device) * K + N
+        at_point = lambda t, place=K - 1: t[:, P:].unflatten(1, (Q, L))[:, :, mask_at + place]
+        tenths, units = (at_point(hidden) @ self.written.T).float(), (at_point(hidden, MASK_TOKENS.index("=")) @ self.written[:2].T).float()
         values = torch.arange(10, device=device) / 10 + 0.045
-        return {"tenths": tenths, "expected": (tenths.softmax(-1) * values).sum(-1), "cover": torch.stack([c(at_point(g)) for c, g in zip(self.cover, gathered, strict=True)]).float(),
+        return {"units": units, "tenths": tenths, "expected": (tenths.softmax(-1) * values).sum(-1), "cover": torch.stack([c(at_point(g)) for c, g in zip(self.cover, gathered, strict=True)]).float(),
                 "attention": torch.stack([r.mean(1).unflatten(2, (M, len(WANTED))) for r in mask.rows[self.settings.attention_first - first:self.settings.attention_last - first + 1]]).float()}
 
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
         device = self.model.device
         photo = self.see(batch["image"], batch["scene"]).to(device)
-        scored = "iou" in batch
-        found, target = self.scores(photo, batch["questions"], batch["covered"].to(device), batch["figures"].to(device), scored), batch["target"].to(device)
-        if not scored: return point_losses(found["attention"], target, self.settings)
-        return look_losses(found, {"target": target} | {k: batch[k].to(device) for k in ("iou", "recall", "precision")}, self.settings)
+        found = self.scores(photo, batch["questions"], batch["covered"].to(device), batch["figures"].to(device), batch["reasons"])
+        return look_losses(found, {"target": batch["target"].to(device)} | {k: batch[k].to(device) for k in ("iou", "recall", "precision")}, self.settings)
 
 # %% ../../nbs/api/train_looks.ipynb #42001dbc
 def on_target(attention: Tensor, target: Tensor) -> Tensor: # float[layers,B,Q,M,4] from float[layers,B,Q,M,4,T], bool[B,Q,T]
     "Attention mass on the target."
     return (attention * target[:, :, None, None]).sum(-1)
-
-def point_losses(attention: Tensor, target: Tensor, s: LookTraining) -> tuple[Tensor, dict]: # loss, what is logged
-    "Where a score is written, attention is on the target; arguments as those of `on_target`."
-    mass = on_target(attention, target)[..., 2:]
-    loss = -(mass + 1e-4).log().mean()
-    return s.attention_weight * loss, {"point": loss.detach(), "pointed": mass[-1, ..., -1].mean().detach()}
 
 def look_losses(
     found: dict[str, Tensor],   # from `LookTrainee.scores`
@@ -247,9 +241,10 @@ def look_losses(
     mean = lambda v, where: (v * where).sum() / where.sum().clamp(min=1) / len(v)
     inside, outside = true["recall"] > s.inside_recall, true["recall"] < s.outside_recall
     attention, view = unlike[..., 2:].mean(), mean(unlike[..., 0], inside) + mean(unlike[..., 1], outside)
-    loss = (weight * (digits + s.error_weight * error + s.cover_weight * cover)).sum() + s.rank_weight * rank + s.attention_weight * attention + s.view_weight * view
+    units = -found["units"].log_softmax(-1)[..., 0]
+    loss = (weight * (digits + units + s.error_weight * error + s.cover_weight * cover)).sum() + s.rank_weight * rank + s.attention_weight * attention + s.view_weight * view
     with torch.no_grad():
         a, b = (x - x.mean(-1, keepdim=True) for x in (said, iou))
-        log = {"digits": (weight * digits).sum(), "error": error.mean().sqrt(), "rank": rank, "within": ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-4)).mean(),
+        log = {"digits": (weight * digits).sum(), "units": (weight * units).sum(), "error": error.mean().sqrt(), "rank": rank, "within": ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-4)).mean(),
                "picked": iou.gather(-1, said.argmax(-1, keepdim=True)).mean(), "best": iou.amax(-1).mean(), "mass": mass[..., 2:].mean(), "inside": mean(mass[..., 0], inside)}
     return loss, {k: v.detach() for k, v in log.items()}
