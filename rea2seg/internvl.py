@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'SPECIAL_TOKENS', 'native_name', 'native_state', 'native_config', 'lora_changes', 'add_changes',
-           'unwrap_trainer', 'read_adapter', 'Internvl', 'load_tokenizer', 'generator_weights', 'load_internvl',
-           'InternvlSize', 'new_internvl', 'small_tokenizer', 'save_evaluator']
+           'unwrap_trainer', 'read_adapter', 'Internvl', 'load_tokenizer', 'generator_weights', 'weight_mark',
+           'load_internvl', 'InternvlSize', 'new_internvl', 'small_tokenizer', 'save_evaluator']
 
 # %% ../nbs/api/internvl.ipynb #1fc17683
 import hashlib
@@ -239,7 +239,7 @@ def generator_weights(
     if not found: raise CheckpointError(f"{generator} has neither a vision tower (visual.*) nor layers (model.layers.*)")
     return found
 
-def _mark(state: dict[str, Tensor]) -> str: # 16 hex digits
+def weight_mark(state: dict[str, Tensor]) -> str: # 16 hex digits
     "Identifies weights as they are stored, in bfloat16."
     h = hashlib.sha256()
     for name in sorted(state): h.update(name.encode()); h.update(state[name].to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -250,7 +250,7 @@ def _shared(folder: Path, note: dict, dtype: torch.dtype, state: dict[str, Tenso
     theirs = generator_weights(folder / note["generator"], dtype)
     shared = {n: t for n, t in theirs.items() if any(n.startswith(p) for p in note["names"])}
     if own := shared.keys() & state.keys(): raise CheckpointError(f"{folder} says that these weights are the generator's, yet it has them: {_some(own)}")
-    if _mark(shared) != note["mark"]: raise CheckpointError(f"{folder} was trained with another generator than {os.path.normpath(folder / note['generator'])}")
+    if weight_mark(shared) != note["mark"]: raise CheckpointError(f"{folder} was trained with another generator than {os.path.normpath(folder / note['generator'])}")
     return shared
 
 def load_internvl(
@@ -372,7 +372,7 @@ def save_evaluator(
             if not same: raise CheckpointError(f"neither the tower nor a layer of the evaluator is that of {os.path.normpath(Path(folder) / shares)}")
             own = {n: theirs[n] for p in same for n in whole[p]}
             state = {n: t for n, t in state.items() if n not in own} | {n: t if dtype is None else t.to(dtype) for n, t in (loaded.lora or {}).items()}
-            (new / SHARES).write_text(json.dumps({"shares": {"generator": shares, "names": same, "mark": _mark(own)}}))
+            (new / SHARES).write_text(json.dumps({"shares": {"generator": shares, "names": same, "mark": weight_mark(own)}}))
         loaded.model.save_pretrained(new, state_dict=state)
         loaded.tokenizer.save_pretrained(new)
         if dtype is not None: (new / "config.json").write_text(json.dumps(read_json(new) | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))

@@ -230,10 +230,11 @@ def test_only_what_reads_masks_learns(loaded, mined, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run-scores" / "log.jsonl").read_text().splitlines()]
     assert "digits" in log[0] and {"val_pointed", "val_giou", "val_spearman"} <= log[2].keys()  # what is held out
     changed = {n for n, p in loaded.model.state_dict().items() if not torch.equal(p, before[n])}
-    assert {n.split(".")[-2 if n.endswith("weight") else -1] for n in changed} == {"lm_head", "norm", "look", "told", "outline", "figure"}
-    rows = (loaded.model.lm_head.weight != before["lm_head.weight"]).any(1).nonzero()[:, 0].tolist()
-    assert sorted(rows) == sorted(loaded.tokenizer.encode(str(d), add_special_tokens=False)[0] for d in range(10))
-    assert (tmp_path / "evaluator" / "config.json").is_file() and (tmp_path / "reasons" / "reasons-0-of-1.json").is_file()
+    assert {n.split(".")[-2 if n.endswith("weight") else -1] for n in changed} == {"lm_head", "embed_tokens", "norm", "look", "told", "outline", "figure"}
+    rows = lambda name: sorted((loaded.model.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist())
+    ids = lambda text: sorted(loaded.tokenizer.encode(c, add_special_tokens=False)[0] for c in text)
+    assert rows("lm_head.weight") == ids("0123456789") and rows("model.language_model.embed_tokens.weight") == ids("=0.")
+    assert (tmp_path / "evaluator" / "config.json").is_file() and len(list((tmp_path / "reasons").glob("reasons-*-0-0.json"))) == 1
 
 
 def test_what_it_reasoned_is_read_again(loaded, mined, tmp_path):
@@ -242,8 +243,14 @@ def test_what_it_reasoned_is_read_again(loaded, mined, tmp_path):
     assert len(found) == len(mined) and all(r[-1] == ev.builder.encoder.ids["<|im_end|>"] for r in found)
     drawn = Scoring(mined, settings(reason_share=1.0), reasons=found).draw(f"{mined.table['folder'][0].as_py()}:{mined.image_id[0]}", np.random.default_rng(0))
     assert all(d["reason"] == found[[mined[i].question for i in range(len(mined))].index(d["question"])] for d in drawn)
-    (tmp_path / "reasons-0-of-1.json").write_text(json.dumps({"0": " so cube"}))
-    with pytest.raises(ValueError, match="has reasoning about 1 questions, 4 were mined"): reasons_of(ev, mined, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({"0": " so cube"}))  # what is there is kept, what is not is thought again
+    again = reasons_of(ev, mined, tmp_path)
+    assert again[0] == ev.builder.encoder.thought(" so cube") and again[1:] == found[1:] and len(list(tmp_path.iterdir())) == 2
+    file.write_text(json.dumps({"7": " so cube"}))
+    with pytest.raises(ValueError, match="has reasoning about question 7, only 4 were mined"): reasons_of(ev, mined, tmp_path)
+    with torch.no_grad(): loaded.model.model.language_model.layers[0].mlp.up_proj.weight += 0.1
+    assert len(reasons_of(ev, mined, tmp_path)) == 4 and len(list(tmp_path.iterdir())) == 3  # other weights, other reasoning
 
 
 def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path):

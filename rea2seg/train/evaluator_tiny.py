@@ -26,7 +26,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from ..evaluator import InternvlEvaluator
 from ..eyes import EyesConfig, mask_figures
 from ..generators import load_generator
-from ..internvl import SPECIAL_TOKENS, Internvl, load_internvl, save_evaluator
+from ..internvl import SPECIAL_TOKENS, Internvl, load_internvl, save_evaluator, weight_mark
 from ..lens import LensGenerator
 from ..lens_model import sam_grid
 from ..mined import Mined, read_mined
@@ -135,20 +135,23 @@ def overlaps(masks: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]: # float[n,
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #986c10b2
 def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path) -> list[list[int]]: # ids of each question
     "What an evaluator reasons about every mined question, every picture read once; kept in `folder`, each process does its share."
-    state, folder = PartialState(), Path(folder)
+    state, folder = PartialState(cpu=evaluator.model.device.type == "cpu"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    of: dict[tuple, list[int]] = {}
-    for i, key in enumerate(zip(mined.table["folder"].to_pylist(), mined.image_id, strict=True)): of.setdefault(key, []).append(i)
-    names = [folder / f"reasons-{k}-of-{state.num_processes}.json" for k in range(state.num_processes)]
-    if not names[state.process_index].exists():
-        asked = list(of.values())[state.process_index::state.num_processes]
-        found = {}
-        for group in tqdm(asked, desc="reasons", disable=not state.is_main_process, mininterval=5):
-            found |= zip(map(str, group), evaluator.think(np.array(mined.picture(group[0])), [mined[i].question for i in group]), strict=True)
-        tmp = names[state.process_index].with_suffix(".tmp"); tmp.write_text(json.dumps(found)); os.replace(tmp, names[state.process_index])
+    name = "reasons-" + weight_mark(evaluator.model.model.language_model.state_dict())  # what other weights reasoned does not count
+    def kept() -> dict[int, str]: return {int(i): text for f in sorted(folder.glob(f"{name}-*.json")) for i, text in json.loads(f.read_text()).items()}
+    found, of = kept(), {}
+    if lost := sorted(set(found) - set(range(len(mined)))): raise ValueError(f"{folder} has reasoning about question {lost[-1]}, only {len(mined)} were mined: choose another folder")
+    for i, key in enumerate(zip(mined.table["folder"].to_pylist(), mined.image_id, strict=True)):
+        if i not in found: of.setdefault(key, []).append(i)
+    new = {}
+    for group in tqdm(list(of.values())[state.process_index::state.num_processes], desc="reasons", disable=not state.is_main_process, mininterval=5):
+        new |= zip(map(str, group), evaluator.think(np.array(mined.picture(group[0])), [mined[i].question for i in group]), strict=True)
+    state.wait_for_everyone()  # all have read what was there
+    if new:
+        path = folder / f"{name}-{len(found)}-{state.process_index}.json"
+        tmp = path.with_suffix(".tmp"); tmp.write_text(json.dumps(new)); os.replace(tmp, path)
     state.wait_for_everyone()
-    said = {int(i): text for name in names for i, text in json.loads(name.read_text()).items()}
-    if sorted(said) != list(range(len(mined))): raise ValueError(f"{folder} has reasoning about {len(said)} questions, {len(mined)} were mined: choose another folder")
+    said = kept()
     return [evaluator.builder.encoder.thought(said[i]) for i in range(len(mined))]
 
 class Scoring:

@@ -169,19 +169,21 @@ class LookTrainee(PhotoTrainee):
         if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
         if not 0 <= settings.frozen_layers <= len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must be 0 to {len(lm.layers)}, got {settings.frozen_layers}")
         for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
-        self.written = nn.Parameter(self.model.lm_head.weight[self.digits].detach().clone())  # the digits' rows of the output layer, which alone of the words learn
+        self.written = nn.Parameter(self.model.lm_head.weight[self.digits].detach().clone())  # the digits' rows of the output layer
+        self.opened = nn.Parameter(lm.embed_tokens.weight[self.mask_ids[2:]].detach().clone())  # what a score opens with, up to the digit: the words that learn
         self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
 
     def groups(self) -> list[dict]:
         "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
-        s, fast = self.settings, [self.written, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
+        s, fast = self.settings, [self.written, self.opened, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
         taken = {id(p) for p in fast}
         return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
 
     @torch.no_grad()
     def settle(self):
-        "Put the learnt digits into the output layer, from where scoring reads them."
+        "Put what was learnt of words to where scoring reads it."
         self.model.lm_head.weight[self.digits] = self.written
+        self.model.get_input_embeddings().weight[self.mask_ids[2:]] = self.opened
 
     def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, reasons: list[list[list[int]]] | None = None) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
         "Everything read off: units [B,Q,M,2] (a score begins with 0 or 1), tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads) of the layers where it is supervised."
@@ -192,7 +194,7 @@ class LookTrainee(PhotoTrainee):
         before = F.embedding(torch.tensor(self.prefix, device=device), words).expand(B, -1, -1)
         blocks = F.embedding(plan.ids.to(device), words)
         tokens, views = self.eyes.see_masks(covered, figures)
-        masks = torch.cat([tokens, blocks[:, :, N:].unflatten(2, (M, K))[:, :, :, 2:]], 3).flatten(2, 3)
+        masks = torch.cat([tokens, self.opened.to(tokens).expand(B, Q, M, -1, -1)], 3).flatten(2, 3)
         embeds = torch.cat([before[:, :start], photo, before[:, start + T:], torch.cat([blocks[:, :, :N], masks], 2).flatten(1, 2)], 1)
         onto = torch.zeros(B, Q, L, P, device=device)
         onto[:, :, N:].view(B, Q, M, K, P)[:, :, :, :2, start:start + T] = views.detach()

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 @dataclass(frozen=True)
 class LoopSettings:
     "What every training declares in its section of settings.ini (appendix B)."
-    learning_rate: float   # AdamW, after warm-up
+    learning_rate: float   # after warm-up; of AdamW, and of Muon where a group asks for it
     warmup_steps: int      # linear from 0
     steps: int             # optimizer steps in all; the rate falls linearly to 0 after warm-up
     batch_size: int        # images of one optimizer step and one accumulation step, over all processes
