@@ -176,7 +176,7 @@ def _segment(self: Rea2Seg, image: np.ndarray, question: str, grounding: Groundi
     candidates = self.discover(image, grounding, seeds=seeds)
     scores = self.score(image, question, candidates, grounding)
     return Segmentation(image, question, grounding, seeds, self._rank(candidates, scores, grounding),
-                        "\n\n".join(scores.reasoning) or None, self.settings)
+                        "\n\n".join(dict.fromkeys(scores.reasoning)) or None, self.settings)
 
 @patch
 def segment(self: Rea2Seg,

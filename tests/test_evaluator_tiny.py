@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from rea2seg.checkpoints import CheckpointError, resolve
 from rea2seg.data.sources import load_samples
+from rea2seg.demo import demo_sample
+from rea2seg.evaluator import load_evaluator
 from rea2seg.evaluator_internvl import InternvlEvaluator, Rows
 from rea2seg.eyes import Eyes, EyesConfig, mask_figures
 from rea2seg.generators import load_generator
@@ -390,3 +392,16 @@ def test_what_was_mined_is_read(loaded, pack, mined):
     loss, _ = LookTrainee(loaded, s, Settings.load("tiny", **PROFILE))(batches(1, 0, 1), 0)
     assert torch.isfinite(loss)
     with pytest.raises(ValueError, match="no mined question has 250 candidates"): Scoring(mined, settings(masks=500))
+
+
+def test_the_embedded_evaluator_is_small_and_says_where_it_looks():
+    home = resolve("embedded:generator").parent
+    assert sum(f.stat().st_size for f in home.rglob("*") if f.is_file()) < 45e6
+    profile, sample = Settings.load("tiny"), demo_sample()
+    evaluator, image, masks = load_evaluator(settings=profile), np.array(sample.load_image()), torch.zeros(2, 256, 256, dtype=torch.bool)
+    masks[0] = torch.from_numpy(sample.load_mask()); masks[1, :60] = True # the ground truth, and the wall behind
+    got = evaluator.score(image, sample.question, masks)
+    assert evaluator.kind == "internvl" and got.ious[0] > got.ious[1] + 0.2 and set(got.reasoning) == {evaluator.think(image, [sample.question])[0].strip()}
+    first = evaluator.builder.encoder.places_in(got.reasoning[0].rpartition("so ")[2])[0]
+    row, column = (int(x) for x in first[2:-1].split("c"))
+    assert masks[0, 16 * row:16 * row + 16, 16 * column:16 * column + 16].any()
