@@ -185,14 +185,14 @@ def theme(page, name, light):
     page.wait_for_timeout(1000) # styles arrive a moment later
 
 def test_a_slider_changes_the_picture(page):
-    legend = output(page, 0).locator(".r2s-legend")
-    kept = lambda: int(re.search(r"kept by the rerank, k2 \((\d+)\)", legend.inner_text())[1])
+    legend = output(page, 0).locator(".r2s-legend") # its text_content: what is out of view is not rendered
+    kept = lambda: int(re.search(r"kept by the rerank, k2 \((\d+)\)", legend.text_content())[1])
     layers = output(page, 0).locator(".widget-slider", has=page.locator("label:text-is('layers')")).locator(".widget-readout")
-    many, range_ = kept(), layers.inner_text()
+    many, range_ = kept(), layers.text_content()
     changes(page, 0, lambda: (handle(page, 0, "k2").focus(), page.keyboard.press("ArrowLeft")))
     assert kept() == many - 1
     changes(page, 0, lambda: (handle(page, 0, "layers").focus(), page.keyboard.press("ArrowLeft")))
-    assert layers.inner_text() != range_
+    assert layers.text_content() != range_
     changes(page, 0, lambda: (handle(page, 0, "opacity").focus(), page.keyboard.press("ArrowRight")))
     back, _ = changes(page, 0, lambda: (handle(page, 0, "layers").focus(), page.keyboard.press("ArrowRight")))
     output(page, 0).get_by_label("colours without the dropped tokens").check()
