@@ -134,7 +134,7 @@ def overlaps(masks: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]: # float[n,
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #986c10b2
 def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path) -> list[list[int]]: # ids of each question
-    "What an evaluator reasons about every mined question, every picture read once; kept in `folder`, each process does its share."
+    "What an evaluator reasons about every mined question, every picture read once; kept in `folder` as it comes, each process does its share."
     state, folder = PartialState(cpu=evaluator.model.device.type == "cpu"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = "reasons-" + weight_mark(evaluator.model.model.language_model.state_dict())  # what other weights reasoned does not count
@@ -143,13 +143,14 @@ def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path) -
     if lost := sorted(set(found) - set(range(len(mined)))): raise ValueError(f"{folder} has reasoning about question {lost[-1]}, only {len(mined)} were mined: choose another folder")
     for i, key in enumerate(zip(mined.table["folder"].to_pylist(), mined.image_id, strict=True)):
         if i not in found: of.setdefault(key, []).append(i)
-    new = {}
-    for group in tqdm(list(of.values())[state.process_index::state.num_processes], desc="reasons", disable=not state.is_main_process, mininterval=5):
-        new |= zip(map(str, group), evaluator.think(np.array(mined.picture(group[0])), [mined[i].question for i in group]), strict=True)
     state.wait_for_everyone()  # all have read what was there
-    if new:
-        path = folder / f"{name}-{len(found)}-{state.process_index}.json"
-        tmp = path.with_suffix(".tmp"); tmp.write_text(json.dumps(new)); os.replace(tmp, path)
+    mine, new = list(of.values())[state.process_index::state.num_processes], {}
+    for n, group in enumerate(tqdm(mine, desc="reasons", disable=not state.is_main_process, mininterval=5), 1):
+        new |= zip(map(str, group), evaluator.think(np.array(mined.picture(group[0])), [mined[i].question for i in group]), strict=True)
+        if n % 64 == 0 or n == len(mine):   # pictures
+            path = folder / f"{name}-{len(found)}-{state.process_index}-{n}.json"
+            tmp = path.with_suffix(".tmp"); tmp.write_text(json.dumps(new)); os.replace(tmp, path)
+            new = {}
     state.wait_for_everyone()
     said = kept()
     return [evaluator.builder.encoder.thought(said[i]) for i in range(len(mined))]

@@ -35,7 +35,8 @@ class LookTraining(LoopSettings):
     cover_weight: float        # cross-entropy of recall and precision, read off what the heads gather
     attention_first: int       # layers whose attention is supervised, both included
     attention_last: int
-    attention_weight: float    # minus log of the attention mass on the target, where the score is written
+    attention_weight: float    # minus log of the attention mass on the target, where the score is written,
+    attention_spread: float    # ... of which this share is the cross-entropy with an even spread over the target: agreement with a mask then is near its IoU
     view_weight: float         # the same of the two tokens that see the photo through the mask
     inside_recall: float       # recall from which on the target counts as inside,
     outside_recall: float      # ... and below which as outside
@@ -156,7 +157,8 @@ class PhotoTrainee(nn.Module):
 
 class LookTrainee(PhotoTrainee):
     "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q), reasons (what stands behind each question, ids, B x Q; none without), target bool[B,Q,T] and float[B,Q,M,...]: covered [T], figures [9], iou, recall, precision."
-    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
+    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings,
+                 own_words: bool = True):  # the digits' rows and the words that open a score learn apart from all other words, which stay; otherwise whoever trains words trains them
         super().__init__(loaded, profile)
         self.settings = settings
         lm, enc = loaded.model.model.language_model, self.builder.encoder
@@ -169,19 +171,27 @@ class LookTrainee(PhotoTrainee):
         if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
         if not 0 <= settings.frozen_layers <= len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must be 0 to {len(lm.layers)}, got {settings.frozen_layers}")
         for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
-        self.written = nn.Parameter(self.model.lm_head.weight[self.digits].detach().clone())  # the digits' rows of the output layer
-        self.opened = nn.Parameter(lm.embed_tokens.weight[self.mask_ids[2:]].detach().clone())  # what a score opens with, up to the digit: the words that learn
+        self.own_words = nn.ParameterList([self.model.lm_head.weight[self.digits].detach().clone(), lm.embed_tokens.weight[self.mask_ids[2:]].detach().clone()] if own_words else [])
         self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
+
+    @property
+    def written(self) -> Tensor: # float[10,d], the digits' rows of the output layer
+        return self.own_words[0] if len(self.own_words) else self.model.lm_head.weight[self.digits]
+
+    @property
+    def opened(self) -> Tensor: # float[3,d], what a score opens with, up to the digit
+        return self.own_words[1] if len(self.own_words) else self.model.get_input_embeddings().weight[self.mask_ids[2:]]
 
     def groups(self) -> list[dict]:
         "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
-        s, fast = self.settings, [self.written, self.opened, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
+        s, fast = self.settings, [*self.own_words, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
         taken = {id(p) for p in fast}
         return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
 
     @torch.no_grad()
     def settle(self):
         "Put what was learnt of words to where scoring reads it."
+        if not len(self.own_words): return
         self.model.lm_head.weight[self.digits] = self.written
         self.model.get_input_embeddings().weight[self.mask_ids[2:]] = self.opened
 
@@ -242,7 +252,9 @@ def look_losses(
     unlike = -(mass + 1e-4).log()
     mean = lambda v, where: (v * where).sum() / where.sum().clamp(min=1) / len(v)
     inside, outside = true["recall"] > s.inside_recall, true["recall"] < s.outside_recall
-    attention, view = unlike[..., 2:].mean(), mean(unlike[..., 0], inside) + mean(unlike[..., 1], outside)
+    target = true["target"][:, :, None, None]
+    even = -((found["attention"][..., 2:, :] + 1e-4).log() * target).sum(-1) / target.sum(-1).clamp(min=1)
+    attention, view = (1 - s.attention_spread) * unlike[..., 2:].mean() + s.attention_spread * even.mean(), mean(unlike[..., 0], inside) + mean(unlike[..., 1], outside)
     units = -found["units"].log_softmax(-1)[..., 0]
     loss = (weight * (digits + units + s.error_weight * error + s.cover_weight * cover)).sum() + s.rank_weight * rank + s.attention_weight * attention + s.view_weight * view
     with torch.no_grad():

@@ -21,8 +21,9 @@ from ..attention import record_attention
 from ..data.pack import benchmark_weights, weighted
 from ..evaluator import InternvlEvaluator
 from ..generators import load_generator
-from ..internvl import Internvl, save_evaluator
+from ..internvl import Internvl, load_internvl, save_evaluator
 from ..lens_packing import BlockMask, lay_out, use_blocks
+from ..scenes.benchmark import world_rules
 from ..settings import Settings, load_section, parse_changes
 from .evaluator_tiny import evaluator_from
 from .generator import attention_losses, target_tokens, token_counts
@@ -35,7 +36,9 @@ from .pack import Pack
 class ReasonTraining(LoopSettings):
     "`[tiny.reasons]`: the loop's numbers, what a step holds, and loss weights."
     questions: int          # of each scene
-    warmup_share: float     # of easy questions; the others are drawn in the benchmark's shares
+    warmup_share: float     # of easy questions; the others are drawn in the benchmark's shares,
+    hard: str               # ... but these sub-types,
+    hard_factor: float      # ... so many times as often
     rank: int               # of the changes of the language model's layers
     words_rate: float       # factor of the learning rate for words and places
     head_rate: float        # ... and for the output layer
@@ -56,12 +59,25 @@ class LowRank(nn.Module):
         super().__init__()
         (o, i), like = weight.shape, dict(device=weight.device, dtype=weight.dtype)
         self.a, self.b = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, i, **like))), nn.Parameter(torch.zeros(o, rank, **like))
+
+    @classmethod
+    def taken_out(cls, weight: Tensor, a: Tensor, b: Tensor) -> "LowRank": # lora_A float[r,i], lora_B float[o,r]
+        "The change that `merge_low_rank` made, no longer part of `weight`, which is what it was: shared weights are stored in bfloat16."
+        made = cls(weight, len(a))
+        made.a.data.copy_(a); made.b.data.copy_(b.to(weight) * 2)
+        weight.data.copy_((weight - made.b @ made.a).bfloat16())
+        return made
+
     def forward(self, weight: Tensor) -> Tensor: return weight + self.b @ self.a
 
-def add_low_rank(lm: nn.Module, rank: int) -> dict[str, nn.Module]: # parametrized modules by their names in a checkpoint
-    "Put changes onto all matrices of all layers."
+@torch.no_grad()
+def add_low_rank(lm: nn.Module, rank: int, lora: dict[str, Tensor] | None = None) -> dict[str, nn.Module]: # parametrized modules by their names in a checkpoint
+    "Put changes onto all matrices of all layers; those of `lora` (as `Internvl.lora` has them, in the weights already) go on."
     found = {f"model.language_model.{n}": m for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")}
-    for m in found.values(): parametrize.register_parametrization(m, "weight", LowRank(m.weight, rank))
+    if lora and (lost := [n for n in found if f"{n}.lora_A.weight" not in lora]): raise ValueError(f"low-rank changes go on in all layers or in none, there is none of {lost[0]}")
+    ranks = {len(lora[f"{n}.lora_A.weight"]) for n in found} if lora else {rank}
+    if ranks != {rank}: raise ValueError(f"the low-rank changes that are there have rank {', '.join(map(str, sorted(ranks)))}, the settings say {rank}")
+    for n, m in found.items(): parametrize.register_parametrization(m, "weight", LowRank.taken_out(m.weight, lora[f"{n}.lora_A.weight"], lora[f"{n}.lora_B.weight"]) if lora else LowRank(m.weight, rank))
     return found
 
 @torch.no_grad()
@@ -82,6 +98,9 @@ class ReasonBatches:
     def __init__(self, pack: Pack, trainee: "ReasonTrainee", settings: ReasonTraining):
         if any("t" not in q or "m" not in q for of in pack.questions for q in of): raise ValueError("the pack does not say what its questions name (m) and what is found on the way (t): build it anew")
         self.pack, self.trainee, self.settings, self.weights = pack, trainee, settings, benchmark_weights(pack.questions, settings.warmup_share)
+        known, hard = {s for _, s in world_rules().counts()}, settings.hard.split()
+        if lost := sorted(set(hard) - known): raise ValueError(f"[tiny.reasons] hard names {', '.join(lost)}; sub-types are {', '.join(sorted(known))}")
+        for w, of in zip(self.weights, pack.questions, strict=True): w *= [settings.hard_factor if q["s"] in hard and q["c"] != "warmup" else 1.0 for q in of]
         self.asked = [k for k, w in enumerate(self.weights) if w.sum() > 0]
         if not self.asked: raise ValueError("no scene of the pack has a question of the benchmark's sub-types")
         self._ids: dict[str, list[int]] = {}
@@ -131,7 +150,11 @@ class ReasonTrainee(PhotoTrainee):
         self.places, self.end, self.opens = list(enc.places.values()), enc.ids["<|im_end|>"], enc.text(self.builder.template.open)[0]
         self.attends, lm.config._attn_implementation = lm.config._attn_implementation, "sdpa"  # no mask is looked through here
         use_blocks(lm)
-        self.changed = add_low_rank(lm, settings.rank)
+        self.changed = add_low_rank(lm, settings.rank, loaded.lora)
+        self.learn()
+
+    def learn(self):
+        "Say what learns: changes, words, places and the output layer."
         for m in self.changed.values(): m.parametrizations.weight[0].requires_grad_(True)
         for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight): p.requires_grad_(True)
 
@@ -233,13 +256,13 @@ def train_reasons(loaded: Internvl, pack: Pack, folder: str | Path, validation: 
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.reasons`: learn to reason about a picture and a question."
     p = argparse.ArgumentParser(prog="rea2seg.train.reasons", description=main.__doc__)
-    p.add_argument("--generator", default="embedded:generator"); p.add_argument("--pack", required=True, action="append", help="scenes with questions; may be repeated")
+    p.add_argument("--generator", default="embedded:generator"); p.add_argument("--start", help="an evaluator whose reasoning goes on, in place of the generator's weights"); p.add_argument("--pack", required=True, action="append", help="scenes with questions; may be repeated")
     p.add_argument("--validation", help="a pack of scenes that no training sees"); p.add_argument("--out", default="runs/reasons"); p.add_argument("--minutes", type=float)
     p.add_argument("--shares", help="relative path from OUT/evaluator to a generator whose weights are not written again")
     p.add_argument("--scenes", type=int); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     a = p.parse_args(argv)
     tracker = Tracker(name="tiny-reasons", config=vars(a), folder=Path(a.out))
-    loaded = evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers))
+    loaded = load_internvl(a.start) if a.start else evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers))
     train_reasons(loaded, Pack.load(a.pack, a.scenes), a.out, Pack.load(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares, **parse_changes(a.set, ReasonTraining))
     tracker.finish()
 
