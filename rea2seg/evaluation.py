@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from .data.reader import ProblemLog, Reader
 from .data.samples import Sample, SampleError
 from .data.sources import load_samples
+from .evaluator import AttentionAgreement
 from .metrics import CONVENTIONS, Convention, MetricSettings, boundary_ious, count_pixels, iou_of
 from .provenance import commit, machine, now, versions, weight_hashes
 from .records import CandidateSet
@@ -37,6 +38,7 @@ class Answer:
     candidates: CandidateSet          # in order of discovery
     scores: np.ndarray | None         # float[N], the evaluator's IoU estimates
     seconds: dict = field(default_factory=dict) # per stage
+    attention: np.ndarray | None = None # float[N], agreement with the generator's attention map
     embedding: object = None          # handed to the next question about the same picture
 
 def _clock() -> float:
@@ -50,7 +52,9 @@ def answers(model, image: np.ndarray, question: str, embedding=None) -> Answer:
         grounding = model.ground(image, question, embedding=embedding).split()[0]; times.append(_clock())
         candidates = model.discover(image, grounding); times.append(_clock())
         scores = model.score(image, question, candidates, grounding).ious.cpu().double().numpy() if len(candidates) else None; times.append(_clock())
-    return Answer(grounding.initial.cpu().numpy(), candidates, scores, dict(zip(("ground", "discover", "score"), np.diff(times).tolist(), strict=True)), grounding.embedding)
+        seen = getattr(grounding, "attention", None) is not None
+        attention = AttentionAgreement().score(image, question, candidates.masks, grounding=grounding).ious.double().numpy() if seen else None
+    return Answer(grounding.initial.cpu().numpy(), candidates, scores, dict(zip(("ground", "discover", "score"), np.diff(times).tolist(), strict=True)), attention, grounding.embedding)
 
 # %% ../nbs/api/evaluation.ipynb #6c870850
 def record_of(
@@ -71,7 +75,7 @@ def record_of(
     agreement = inter / np.maximum(union, 1)
     listed = lambda t: t.cpu().double().tolist()
     return make_record(sample, **known, initial=counts[0].tolist(), initial_boundary=float(edges[0]), candidates=counts[1:].tolist(), boundary=edges[1:].tolist(), sources=list(c.sources),
-                       predicted_ious=listed(c.predicted_ious), stability=listed(c.stability), agreement=agreement.tolist(),
+                       predicted_ious=listed(c.predicted_ious), stability=listed(c.stability), agreement=agreement.tolist(), attention=None if answer.attention is None else answer.attention.tolist(),
                        scores=None if answer.scores is None else answer.scores.tolist(), ranking=None if answer.scores is None else (answer.scores + prior * agreement).tolist(),
                        **{f"seconds_{s}": t for s, t in answer.seconds.items()})
 

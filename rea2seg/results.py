@@ -35,6 +35,7 @@ SCHEMA = pa.schema([(k, pa.string()) for k in ("name", "image_id", "category", "
     ("boundary", pa.list_(pa.float64())), ("sources", pa.list_(pa.string())), ("predicted_ious", pa.list_(pa.float64())), ("stability", pa.list_(pa.float64())),
     ("scores", pa.list_(pa.float64())),   # the evaluator's IoU estimates
     ("agreement", pa.list_(pa.float64())), # IoU with the initial mask
+    ("attention", pa.list_(pa.float64())), # soft IoU with the generator's attention map
     ("ranking", pa.list_(pa.float64())),  # what the profile ranks by: scores and its prior
     *[(f"seconds_{k}", pa.float64()) for k in ("load", "ground", "discover", "score")]])
 
@@ -139,7 +140,7 @@ def merge_problems(*lists) -> list[dict]: return list({(p["name"], p["kind"]): p
 def _read_json(path: Path, default): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 # %% ../nbs/api/results.ipynb #034641b7
-def row_names(k: int) -> tuple[str, ...]: return "initial", "rea2seg", f"top{k}", "predicted_iou", "random", "oracle", "rea2seg+prior"
+def row_names(k: int) -> tuple[str, ...]: return "initial", "rea2seg", f"top{k}", "predicted_iou", "attention", "random", "oracle", "rea2seg+prior"
 
 def make_record(sample: Sample, **values) -> dict:
     "A record of what is known before any model runs, completed by `values`."
@@ -157,6 +158,8 @@ def choose(record: dict, convention: Convention, settings: MetricSettings, seed:
     if not n: return rows
     ious = iou_of(record["candidates"], convention)
     rows |= {"predicted_iou": best_of(record["predicted_ious"]), "random": draw(record["name"], seed, n), "oracle": best_of(ious)}
+    if record["attention"] is None: rows.pop("attention")    # a generator without an attention map, or a record from before it was kept
+    else: rows["attention"] = best_of(record["attention"])
     if record["ranking"] is None: return {r: i for r, i in rows.items() if r not in ("rea2seg", f"top{k}", "rea2seg+prior")}
     order = np.argsort(-np.asarray(record["ranking"]), kind="stable")
     with_prior = np.asarray(record["scores"]) + settings.prior_weight * np.asarray(record["agreement"])

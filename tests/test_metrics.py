@@ -181,16 +181,17 @@ def test_paired_comparison():
 def record(k, **values):
     return {**dict.fromkeys(SCHEMA.names), "name": f"n{k}", "image_id": f"i{k}", "category": "spatial", "initial": [1, 4, 4], "initial_boundary": .25,
             "candidates": [[3, 4, 6], [4, 4, 8], [2, 4, 4]], "boundary": [.7, .9, .5], "sources": ["multimask", "kcore", "amg"], "predicted_ious": [.1, .2, .9], "stability": [1., 1., 1.],
-            "scores": [.9, .3, .8], "ranking": [.9, .3, .8], "agreement": [0., 0., 1.], **values}
+            "scores": [.9, .3, .8], "ranking": [.9, .3, .8], "agreement": [0., 0., 1.], "attention": [.2, .7, .1], **values}
 
 
 def test_rows_pick_what_they_say():
     config = MetricSettings.load()
     picks = choose(record(0), LISA, config, 0, 2)
-    assert {r: i for r, i in picks.items() if r != "random"} == {"initial": -1, "rea2seg": 0, "top2": 0, "predicted_iou": 2, "oracle": 1, "rea2seg+prior": 2}
+    assert {r: i for r, i in picks.items() if r != "random"} == {"initial": -1, "rea2seg": 0, "top2": 0, "predicted_iou": 2, "attention": 1, "oracle": 1, "rea2seg+prior": 2}
     # with ignored pixels as background the unions grow: 3/6, 4/8, 2/4 are equal and the first wins
     assert choose(record(0), LENS, config, 0, 3)["oracle"] == 0
     assert "rea2seg" not in choose(record(0, scores=None, ranking=None), LISA, config, 0, 3)
+    assert choose(record(0), LISA, config, 0, 3).keys() - choose(record(0, attention=None), LISA, config, 0, 3).keys() == {"attention"}
     draws = [choose(record(k), LISA, config, 7, 3)["random"] for k in range(300)]
     assert draws == [draw(f"n{k}", 7, 3) for k in range(300)] and all(70 < draws.count(i) < 130 for i in range(3))
 
@@ -198,7 +199,7 @@ def test_rows_pick_what_they_say():
 def test_summary_of_records():
     rows = [record(k, category=("spatial", "geometric", None)[k % 3], subtype="x" if k % 3 else None) for k in range(30)]
     s = summarise(rows, LISA)
-    assert list(s["rows"]) == ["initial", "rea2seg", "top3", "predicted_iou", "random", "oracle", "rea2seg+prior"]
+    assert list(s["rows"]) == ["initial", "rea2seg", "top3", "predicted_iou", "attention", "random", "oracle", "rea2seg+prior"]
     assert set(s["rows"]["initial"]) == {"spatial", "geometric", "overall"} and s["rows"]["initial"]["spatial"]["n"] == 10 and s["rows"]["initial"]["overall"]["n"] == 30
     assert [s["rows"][r]["overall"]["giou"] for r in ("initial", "rea2seg", "top3", "oracle", "rea2seg+prior")] == [.25, .75, 1, 1, .5]
     assert s["subtypes"]["oracle"].keys() == {"geometric/x"} and s["conventions"]["lens"]["rea2seg"]["giou"] == .5

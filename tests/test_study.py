@@ -91,7 +91,8 @@ def plain(model, s: Sample, v: Variant) -> dict:
     else:
         g = own.ground(image, s.question).split()[0]
         from rea2seg.evaluation import Answer
-        found = Answer(g.initial.numpy(), own.discover(image, g), None, {})
+        masks = own.discover(image, g)
+        found = Answer(g.initial.numpy(), masks, None, {}, load_evaluator("attention").score(image, s.question, masks.masks, grounding=g).ious.double().numpy())
     return record_of(s, image, s.load_mask(), None, found, changed.prior, .02)
 
 

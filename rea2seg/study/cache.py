@@ -25,7 +25,7 @@ from ..candidates import PARTS, discover
 from ..checkpoints import resolve
 from ..data.samples import Sample
 from ..evaluation import Answer, record_of
-from ..evaluator import InternvlEvaluator, load_evaluator
+from ..evaluator import AttentionAgreement, InternvlEvaluator, load_evaluator
 from ..evaluator_api import ApiEvaluator
 from ..pipeline import Rea2Seg
 from ..provenance import hash_files, versions, weight_hashes
@@ -213,7 +213,8 @@ def record(self: CachedModel,
     found, discovering = self.candidates(image, sample.question, variant, grounding)
     ious, scoring = self.scores(image, sample.question, variant, found, grounding) if variant.scored and len(found) else (None, None)
     seconds = {"ground": known[0][1], "discover": discovering} | ({} if scoring is None else {"score": scoring})
-    r = record_of(sample, image, truth, ignore, Answer(initial, found, ious, seconds), settings.prior, ratio)
+    attention = AttentionAgreement().score(image, sample.question, found.masks, grounding=replace(grounding(), layers=settings.layers)).ious.double().numpy()
+    r = record_of(sample, image, truth, ignore, Answer(initial, found, ious, seconds, attention), settings.prior, ratio)
     self.store.put(key, json.dumps(r).encode(), "record")
     return r
 

@@ -76,13 +76,13 @@ def split_cells(measure: Measure, records: list[dict], answer: str, names: list[
     return cells
 
 # %% ../../nbs/api/study_paper.ipynb #647b1e96
-ANSWERS = (("initial", "initial mask (the generator's own answer)", ""), ("random", "random candidate", ""), ("predicted_iou", "selected by SAM's predicted IoU", ""))
+ANSWERS = (("initial", "initial mask (the generator's own answer)", ""), ("random", "random candidate", ""), ("predicted_iou", "selected by SAM's predicted IoU", ""), ("attention", "selected by agreement with the attention map", ""))
 PROFILES = {"tiny": "tiny: embedded stack, LENS family", "lens": "lens: Qwen2.5-VL-3B, SAM 2", "sesame": "sesame: LLaVA-1.5-7B, SAM"}
 
 def answer_lines(measure: Measure, rows: list[RowResult], names: list[str], cells, **own) -> list[Line]: # cells(records, answer) -> cells
     "What one generator's candidates are worth under each way to choose."
     full, others = rows[0], rows[1:]
-    out = [Line(label, cells(full.records, a), style=style, n=len(full.records), note=full.mark(), **own) for a, label, style in ANSWERS] if full.records else []
+    out = [Line(label, cells(full.records, a), style=style, n=len(full.records), note=full.mark(), **own) for a, label, style in ANSWERS if a != "attention" or all(r["attention"] is not None for r in full.records)] if full.records else []
     for r in others: out.append(Line(r.variant.label, cells(r.records, "rea2seg") if r.records else {}, n=len(r.records), note=r.mark(), **own))
     out.append(Line("Rea2Seg", cells(full.records, "rea2seg") if full.records else {}, n=len(full.records), note=full.mark(), **own))
     if full.records:
