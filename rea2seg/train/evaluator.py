@@ -180,7 +180,7 @@ def steps_of(mixture: GroupMixture, s: EvaluatorTraining) -> int:
 
 def builder_of(loaded: Internvl, profile: Settings) -> GroupBuilder:
     "What makes groups for this evaluator and profile."
-    if loaded.tokens_per_mask is not None: raise ValueError("this evaluator looks through masks, `python -m rea2seg.train.evaluator_tiny` trains it; LoRA and groups of pictures are for evaluators that look at pictures of masks")
+    if loaded.tokens_per_mask is not None: raise ValueError("this evaluator looks through masks, `python -m rea2seg.train.together` trains it; LoRA and groups of pictures are for evaluators that look at pictures of masks")
     return GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, profile)
 
 def train_evaluator(

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['evaluator_tokenizer', 'EvaluatorShape', 'evaluator_from', 'overlaps', 'reasons_of', 'Scoring', 'LookBatches',
-           'batch_of', 'pointed', 'train_looks', 'main']
+           'batch_of']
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #d2127e1d
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +23,15 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 
 from ..evaluator import InternvlEvaluator
 from ..eyes import EyesConfig, mask_figures
-from ..generators import load_generator
-from ..internvl import SPECIAL_TOKENS, Internvl, load_internvl, save_evaluator, weight_mark
+from ..internvl import SPECIAL_TOKENS, Internvl, weight_mark
 from ..lens import LensGenerator
 from ..lens_model import sam_grid
-from ..mined import Mined, read_mined
+from ..mined import Mined
 from ..prompts import TEMPLATES, place_name
-from ..settings import Settings, load_section, parse_changes
+from ..settings import load_section
 from ..tiles import Tiling
-from .evaluator import score_mined, summary_of
 from .generator import CLIP_MEAN, CLIP_STD, patchify
-from .looks import LookTrainee, LookTraining, on_target
-from .loop import Tracker, fit
+from .looks import LookTraining
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #3d6adb82
 def evaluator_tokenizer(
@@ -207,52 +202,3 @@ def batch_of(source: Scoring, scenes: list, rngs: list) -> dict:
     return {"image": [source.image(k) for k in scenes], "scene": [(id(source), k) for k in scenes], "questions": [[d["question"] for d in of] for of in drawn], "reasons": [[d["reason"] for d in of] for of in drawn], "target": torch.from_numpy(target),
             "covered": torch.from_numpy(stack("covered") / 255), **{n: torch.from_numpy(stack(n)) for n in ("figures", "iou", "recall", "precision")}}
 
-
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #9fd358c1
-@torch.no_grad()
-def pointed(trainee: LookTrainee, source: Scoring, scenes: Sequence) -> float:
-    "Attention mass on the target where scores are written, in the last supervised layer, over all questions drawn of these scenes."
-    found = []
-    for scene in scenes:
-        batch = batch_of(source, [scene], [np.random.default_rng(0)])
-        attention = trainee.scores(trainee.see(batch["image"], batch["scene"]).to(trainee.model.device), batch["questions"], torch.ones_like(batch["covered"][:, :, :1]).to(trainee.model.device), batch["figures"][:, :, :1].to(trainee.model.device), batch["reasons"])["attention"]
-        found.append(float(on_target(attention, batch["target"].to(attention.device))[-1, ..., -1].mean()))
-    return float(np.mean(found))
-
-def train_looks(loaded: Internvl, mined: Mined, folder: str | Path, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
-                profile: Settings | None = None, watched: int = 100, shares: str | None = None, **changes) -> Internvl:
-    "Learn to score what was `mined`; `validation` was mined from scenes that no training sees, `watched` of its questions are scored at every checkpoint. Written low-rank where it `shares` a generator's weights (path from the evaluator's folder)."
-    s, profile = load_section(LookTraining, "tiny.evaluator", **changes), (profile or Settings.load("tiny")).with_(group_size=1)  # it never sees a group
-    evaluator, folder = InternvlEvaluator(loaded, profile), Path(folder)
-    loaded.model.to(device).eval()
-    think = lambda of, name: reasons_of(evaluator, of, folder / name) if profile.chain_of_thought and s.reason_share else None
-    trained = Scoring(mined, s, loaded.model.model.vision_tower.grid, think(mined, "reasons"))
-    held = None if validation is None else Scoring(validation, s, loaded.model.model.vision_tower.grid, think(validation, "reasons-held"))
-    trainee = LookTrainee(loaded, s, profile).to(device)
-    def check(m, step):
-        m.settle()
-        return {"val_pointed": pointed(m, held, held.scenes[:watched])} | summary_of(score_mined(InternvlEvaluator(loaded, profile), validation, range(min(len(validation), watched))))
-    fit(trainee, LookBatches(trained), s, folder / "run-scores", trainee.groups(), validate=check if validation is not None else None, minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
-    trainee.settle()
-    loaded.model.eval()
-    if PartialState().is_main_process: save_evaluator(loaded, folder / "evaluator", torch.bfloat16, shares)
-    return loaded
-
-
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #bbab851c
-def main(argv: list[str] | None = None):
-    "`python -m rea2seg.train.evaluator_tiny`: learn to score candidates."
-    p = argparse.ArgumentParser(prog="rea2seg.train.evaluator_tiny", description=main.__doc__)
-    p.add_argument("--generator", default="embedded:generator"); p.add_argument("--mined", required=True, action="append", help="what `rea2seg mine` wrote; may be repeated")
-    p.add_argument("--validation", action="append", help="mined held-out questions; may be repeated"); p.add_argument("--start", help="an evaluator to continue from, in place of the generator's weights")
-    p.add_argument("--out", default="runs/evaluator"); p.add_argument("--minutes", type=float)
-    p.add_argument("--shares", help="relative path from OUT/evaluator to a generator whose weights are not written again"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    a = p.parse_args(argv)
-    tracker = Tracker(name="tiny-evaluator", config=vars(a), folder=Path(a.out))
-    loaded = load_internvl(a.start) if a.start else evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers))
-    train_looks(loaded, read_mined(a.mined), a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares, **parse_changes(a.set, LookTraining))
-    tracker.finish()
-
-
-# %% ../../nbs/api/train_evaluator_tiny.ipynb #7c2d4211
-if __name__ == "__main__": main()

@@ -40,8 +40,8 @@ class LookTraining(LoopSettings):
     view_weight: float         # the same of the two tokens that see the photo through the mask
     inside_recall: float       # recall from which on the target counts as inside,
     outside_recall: float      # ... and below which as outside
-    readout_rate: float        # factor of the learning rate for what reads masks and writes scores
-    frozen_layers: int         # first layers of the language model that stay as they are, and with them eyes and words
+    reason_scenes: int         # of each step, whose traces are learnt beside
+    reason_rate: float         # learning rate of the low-rank changes, see `train.reasons`
 
 # %% ../../nbs/api/train_looks.ipynb #c13d2809
 def soft_digits(
@@ -157,8 +157,7 @@ class PhotoTrainee(nn.Module):
 
 class LookTrainee(PhotoTrainee):
     "Scores of candidates; `forward(batch, step)` with image (B pictures uint8[H,W,3]), scene (B names of them), questions (texts, B x Q), reasons (what stands behind each question, ids, B x Q; none without), target bool[B,Q,T] and float[B,Q,M,...]: covered [T], figures [9], iou, recall, precision."
-    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings,
-                 own_words: bool = True):  # the digits' rows and the words that open a score learn apart from all other words, which stay; otherwise whoever trains words trains them
+    def __init__(self, loaded: Internvl, settings: LookTraining, profile: Settings):
         super().__init__(loaded, profile)
         self.settings = settings
         lm, enc = loaded.model.model.language_model, self.builder.encoder
@@ -169,31 +168,27 @@ class LookTrainee(PhotoTrainee):
         if len(self.mask_ids) != len(MASK_TOKENS) or loaded.tokens_per_mask != 2: raise ValueError(f"a mask and its score up to the digit must be {len(MASK_TOKENS)} tokens, prompt {profile.prompt!r} takes {len(self.mask_ids)}")
         self.told_from = len(lm.layers) - len(self.eyes.told)
         if not self.told_from <= settings.attention_first <= settings.attention_last < len(lm.layers): raise ValueError(f"[tiny.evaluator] attention_first and attention_last must be layers of {self.told_from} to {len(lm.layers) - 1}, got {settings.attention_first} and {settings.attention_last}")
-        if not 0 <= settings.frozen_layers <= len(lm.layers): raise ValueError(f"[tiny.evaluator] frozen_layers must be 0 to {len(lm.layers)}, got {settings.frozen_layers}")
-        for p in (*lm.layers[settings.frozen_layers:].parameters(), *lm.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight): p.requires_grad_(True)
-        self.own_words = nn.ParameterList([self.model.lm_head.weight[self.digits].detach().clone(), lm.embed_tokens.weight[self.mask_ids[2:]].detach().clone()] if own_words else [])
         self.cover = nn.ModuleList([nn.Linear(lm.config.hidden_size, 2) for _ in lm.layers[self.told_from:]])  # recall and precision; serve training alone
+        self.learn()
+
+    def learn(self):
+        "Say what learns: what looks through masks and is told of them, and the last norm."
+        for p in self.reading(): p.requires_grad_(True)
+
+    def reading(self) -> list[nn.Parameter]:
+        return [*self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
 
     @property
     def written(self) -> Tensor: # float[10,d], the digits' rows of the output layer
-        return self.own_words[0] if len(self.own_words) else self.model.lm_head.weight[self.digits]
+        return self.model.lm_head.weight[self.digits]
 
     @property
     def opened(self) -> Tensor: # float[3,d], what a score opens with, up to the digit
-        return self.own_words[1] if len(self.own_words) else self.model.get_input_embeddings().weight[self.mask_ids[2:]]
+        return self.model.get_input_embeddings().weight[self.mask_ids[2:]]
 
     def groups(self) -> list[dict]:
-        "Optimizer groups: what reads masks and writes scores learns faster than what lies between."
-        s, fast = self.settings, [*self.own_words, *self.cover.parameters(), *self.model.model.language_model.norm.parameters(), self.eyes.look, self.eyes.told, self.eyes.outline.weight, self.eyes.figure.weight]
-        taken = {id(p) for p in fast}
-        return [{"params": fast, "lr": s.learning_rate * s.readout_rate}, {"params": [p for p in self.parameters() if p.requires_grad and id(p) not in taken], "lr": s.learning_rate}]
-
-    @torch.no_grad()
-    def settle(self):
-        "Put what was learnt of words to where scoring reads it."
-        if not len(self.own_words): return
-        self.model.lm_head.weight[self.digits] = self.written
-        self.model.get_input_embeddings().weight[self.mask_ids[2:]] = self.opened
+        "One optimizer group: what reads masks, and what recall and precision are read off with."
+        return [{"params": [*self.cover.parameters(), *self.reading()], "lr": self.settings.learning_rate}]
 
     def scores(self, photo: Tensor, questions: list[list[str]], covered: Tensor, figures: Tensor, reasons: list[list[list[int]]] | None = None) -> dict[str, Tensor]: # float[B,T,d], B x Q, float[B,Q,M,T], float[B,Q,M,9]
         "Everything read off: units [B,Q,M,2] (a score begins with 0 or 1), tenths [B,Q,M,10], expected [B,Q,M], cover [layers,B,Q,M,2], attention [layers,B,Q,M,4,T] (mean over heads) of the layers where it is supervised."

@@ -31,11 +31,10 @@ class Together(nn.Module):
     progress = 0.0
     def __init__(self, loaded: Internvl, looks: LookTraining, reasons: ReasonTraining, profile: Settings):
         super().__init__()
-        if looks.frozen_layers != len(loaded.model.model.language_model.layers): raise ValueError(f"layers learn by their low-rank changes here: [tiny.evaluator] frozen_layers must be {len(loaded.model.model.language_model.layers)}, got {looks.frozen_layers}")
         reasoner = ReasonTrainee(loaded, reasons, profile)
         self._reasoner = (reasoner,)               # no child: all that it trains is the model's, which `looks` has
-        self.looks = LookTrainee(loaded, looks, profile, own_words=False)
-        reasoner.learn()
+        self.looks = LookTrainee(loaded, looks, profile)
+        reasoner.learn()                           # each begins by closing everything
         self.reads = (self.lm.config._attn_implementation, reasoner.attends)
 
     @property
@@ -46,7 +45,7 @@ class Together(nn.Module):
 
     def groups(self) -> list[dict]:
         "Optimizer groups of both."
-        return [g for g in (*self.looks.groups()[:1], *self.reasoner.groups()) if g["params"]]
+        return self.looks.groups() + self.reasoner.groups()
 
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
         config = self.lm.config
@@ -64,8 +63,9 @@ class Together(nn.Module):
 # %% ../../nbs/api/train_together.ipynb #a6ce02c7
 def train_together(loaded: Internvl, pack: Pack, mined: Mined, folder: str | Path, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                    profile: Settings | None = None, watched: int = 100, shares: str | None = None, reasons: dict | None = None, **changes) -> Internvl:
-    "Go on from an evaluator that reasons (`train_reasons`); `watched` questions of `validation` are scored at every checkpoint. `changes` are those of `[tiny.evaluator]`, `reasons` those of `[tiny.reasons]`: of it the loop takes rates, batch and questions."
-    looks, both = load_section(LookTraining, "tiny.evaluator", **changes), load_section(ReasonTraining, "tiny.reasons", **(reasons or {}))
+    "Go on from an evaluator that reasons (`train_reasons`); `watched` questions of `validation` are scored at every checkpoint. `changes` are those of `[tiny.evaluator]`, which also says how many scenes with traces a step has, `reasons` those of `[tiny.reasons]`."
+    looks = load_section(LookTraining, "tiny.evaluator", **changes)
+    both = load_section(ReasonTraining, "tiny.reasons", **dict(batch_size=looks.reason_scenes, learning_rate=looks.reason_rate, seed=looks.seed + 1) | (reasons or {}))  # another order of scenes than stage one's
     profile, folder = (profile or Settings.load("tiny")).with_(group_size=1), Path(folder)
     loaded.model.to(device).eval()
     said = reasons_of(InternvlEvaluator(loaded, profile), mined, folder / "reasons") if profile.chain_of_thought else None
