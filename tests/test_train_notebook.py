@@ -38,7 +38,7 @@ def test_the_evaluators_notebook_runs(run_notebook):
     assert pictures >= 4 and (out / "pictures" / "scored-0.png").stat().st_size > 5000
     assert load_evaluator(out / "evaluator").kind == "internvl" and len(read_mined(out / "mined-val")) >= 2 and len(read_mined(out / "mined")) >= 2
     assert run["size"] == "smoke" and 0 <= run["report"]["val_giou"] <= run["report"]["val_oracle"] <= 1 and "all" in run["categories"] and run["versions"]["torch"]
-    assert len((out / "run-scores" / "log.jsonl").read_text().splitlines()) >= 3
+    assert len((out / "run-together" / "log.jsonl").read_text().splitlines()) >= 3
 
 @pytest.mark.parametrize("name", ["02_train_generator.ipynb", "03_train_evaluator.ipynb"])
 def test_parameters_are_plain_and_nothing_is_exported(name):
