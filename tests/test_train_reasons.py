@@ -13,7 +13,7 @@ from rea2seg.settings import Settings, load_section
 from rea2seg.train.evaluator_tiny import evaluator_from
 from rea2seg.train.loop import fit
 from rea2seg.train.pack import Pack, build_pack
-from rea2seg.train.reasons import ReasonBatches, ReasonTrainee, ReasonTraining, answered, main, train_reasons
+from rea2seg.train.reasons import ReasonBatches, ReasonTrainee, ReasonTraining, add_low_rank, answered, main, merge_low_rank, train_reasons
 
 PROFILE = Settings.load("tiny", evaluator_kind="internvl", prompt="bare", question_place="before", mask_view="binary", chain_of_thought=True, max_reasoning_tokens=24, scoring="expected", group_size=1)
 FEW = dict(questions=4, batch_size=2, precision="no", steps=12, warmup_steps=1, log_every=1, save_every=100)
@@ -142,3 +142,23 @@ def test_answers_count_where_they_lie(loaded, pack, monkeypatch):
 def test_train_reasons_writes_an_evaluator(loaded, pack, tmp_path):
     train_reasons(loaded, pack, tmp_path, pack, profile=PROFILE, device="cpu", **FEW | dict(steps=1, rank=4))
     assert len(load_internvl(tmp_path / "evaluator").model.model.language_model.layers) == 10
+
+
+def test_what_was_learnt_goes_on_exactly():
+    "Changes are taken out of the weights and put back: the generator's own come out to the bit, and nothing moves."
+    loaded, own = load_internvl("embedded:evaluator"), load_internvl("embedded:evaluator")
+    lm, bare = loaded.model.model.language_model, load_generator("embedded:generator").model.model.layers
+    changed = add_low_rank(lm, len(next(v for k, v in loaded.lora.items() if k.endswith("lora_A.weight"))), loaded.lora)
+    assert torch.equal(lm.layers[3].mlp.up_proj.parametrizations.weight.original, bare[3].mlp.up_proj.weight)
+    lora = merge_low_rank(changed, torch.bfloat16)
+    assert lora.keys() == own.lora.keys() and all(torch.equal(lora[k].float(), own.lora[k].float()) for k in lora)
+    assert all(torch.equal(p, own.model.state_dict()[n]) for n, p in loaded.model.state_dict().items())
+    with pytest.raises(ValueError, match="in all layers or in none, there is none of model.language_model.layers.0.self_attn.q_proj"): add_low_rank(lm, 96, {k: v for k, v in lora.items() if "layers.0.self_attn.q_proj" not in k})
+
+
+def test_hard_questions_are_drawn_more_often(loaded, pack):
+    trainee = ReasonTrainee(loaded, settings(), PROFILE)
+    plain, more = (ReasonBatches(pack, trainee, settings(hard="ordinal extreme", hard_factor=f)).weights for f in (1.0, 3.0))
+    for a, b, of in zip(plain, more, pack.questions, strict=True):
+        for x, y, q in zip(a, b, of, strict=True): assert y == pytest.approx(x * (3 if q["s"] in ("ordinal", "extreme") and q["c"] != "warmup" else 1))
+    with pytest.raises(ValueError, match=r"hard names nonsense; sub-types are attribute, between"): ReasonBatches(pack, trainee, settings(hard="ordinal nonsense"))
