@@ -251,6 +251,22 @@ def test_what_it_reasoned_is_read_again(loaded, mined, tmp_path):
     assert len(reasons_of(ev, mined, tmp_path)) == 4 and len(list(tmp_path.iterdir())) == 3  # other weights, other reasoning
 
 
+def test_what_it_reasoned_before_it_was_stopped_is_kept(loaded, mined, tmp_path, monkeypatch):
+    ev = InternvlEvaluator(loaded, Settings.load("tiny", **PROFILE | dict(chain_of_thought=True)))
+    whole, think, asked = reasons_of(ev, mined, tmp_path / "whole"), ev.think, []
+    def stopped(image, questions):
+        if asked: raise KeyboardInterrupt
+        asked.extend(questions)
+        return think(image, questions)
+    monkeypatch.setattr(ev, "think", stopped)
+    with pytest.raises(KeyboardInterrupt): reasons_of(ev, mined, tmp_path / "cut", every=1)
+    assert len(list((tmp_path / "cut").iterdir())) == 1
+    later = []
+    monkeypatch.setattr(ev, "think", lambda image, questions: (later.extend(questions), think(image, questions))[1])
+    assert reasons_of(ev, mined, tmp_path / "cut", every=1) == whole
+    assert len(asked) + len(later) == len(mined) and not set(asked) & set(later)
+
+
 def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path):
     home = tmp_path / "weights"
     shutil.copytree(resolve("embedded:generator"), home / "generator")

@@ -128,7 +128,7 @@ def overlaps(masks: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]: # float[n,
 
 
 # %% ../../nbs/api/train_evaluator_tiny.ipynb #986c10b2
-def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path) -> list[list[int]]: # ids of each question
+def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path, every: int = 64) -> list[list[int]]: # ids of each question; so many pictures are written at a time
     "What an evaluator reasons about every mined question, every picture read once; kept in `folder` as it comes, each process does its share."
     state, folder = PartialState(cpu=evaluator.model.device.type == "cpu"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def reasons_of(evaluator: InternvlEvaluator, mined: Mined, folder: str | Path) -
     mine, new = list(of.values())[state.process_index::state.num_processes], {}
     for n, group in enumerate(tqdm(mine, desc="reasons", disable=not state.is_main_process, mininterval=5), 1):
         new |= zip(map(str, group), evaluator.think(np.array(mined.picture(group[0])), [mined[i].question for i in group]), strict=True)
-        if n % 64 == 0 or n == len(mine):   # pictures
+        if n % every == 0 or n == len(mine):
             path = folder / f"{name}-{len(found)}-{state.process_index}-{n}.json"
             tmp = path.with_suffix(".tmp"); tmp.write_text(json.dumps(new)); os.replace(tmp, path)
             new = {}
