@@ -172,12 +172,14 @@ def draw_framework(s: Shown) -> tuple[Figure, list[dict]]:
     c.text(3.4, 5.5, "under each mask: its number and true IoU", style="italic")
     c.text(6.8, 5.5, "under each binary mask: its number and estimated IoU", style="italic")
     c.arrow(6.5, 2.8, 6.78, 2.8)
-    for g, group in enumerate(s.groups[:4]):
+    alone = all(len(g) == 1 for g in s.groups)          # a grid in the place of groups
+    lines = [sum(s.groups[k:k + 5], ()) for k in range(0, len(s.groups), 5)] if alone else s.groups
+    for g, group in enumerate(lines[:4]):
         y = .5 + .98 * g
-        c.text(6.8, y - .08, f"group {g + 1}: image + question + {len(group)} masks")
+        c.text(6.8, y - .08, ("" if g else "image + question + one mask at a time") if alone else f"group {g + 1}: image + question + {len(group)} mask{'s' * (len(group) > 1)}")
         for k, i in enumerate(group[:5]):
             ax = c.picture(6.8 + .66 * k, y + .04, .62, np.repeat(s.masks[i][..., None], 3, 2).astype(np.uint8) * 255, below=f"{i + 1}: {s.scores[i]:.2f}" if len(s.scores) else f"{i + 1}", frame=PALETTE["winner"] if i == s.order[0] else None)
-    y, best = .5 + .98 * min(len(s.groups), 4), s.order[0]
+    y, best = .5 + .98 * min(len(lines), 4), s.order[0]
     c.arrow(8.4, y - .05, 8.4, y + .1); c.box(6.8, y + .12, 3.25, .3, "reranked by estimated IoU", "#DDE7F0")
     left = 5.45 - (y + .62) - .2
     for k, i in enumerate(s.order[:3]):
