@@ -104,7 +104,7 @@ def pictures(
         if left := [s for s in chosen if s.name not in done]: yield left
 
 # %% ../nbs/api/mining.ipynb #9a555e29
-SCORING = ("evaluator", "evaluator_kind", "memory_gib", "group_size", "mask_view", "question_place", "prompt", "chain_of_thought", "max_reasoning_tokens", "scoring", "rounds", "prior")
+SCORING = ("evaluator", "evaluator_kind", "memory_gib", "group_size", "mask_view", "question_place", "prompt", "chain_of_thought", "max_reasoning_tokens", "scoring", "rounds", "consensus", "prior")
 
 def mine(
     generator, settings: Settings,

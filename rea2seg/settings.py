@@ -70,7 +70,7 @@ _choices = dict(mask_view=("binary", "overlay", "cutout"), question_place=("befo
                 evaluator_kind=("internvl", "api", "predicted_iou", "oracle", "random", "attention"))
 _fractions = ("predicted_iou", "stability", "box_nms_iou")
 _positive = ("top_tokens", "kept_tokens", "seed_points", "max_candidates", "group_size", "points_per_batch", "max_new_tokens", "rounds")
-_not_negative = ("first_layer", "multimask_candidates", "kcore_candidates", "amg_candidates", "stability_offset", "min_region_area", "seed")
+_not_negative = ("first_layer", "multimask_candidates", "kcore_candidates", "amg_candidates", "stability_offset", "min_region_area", "seed", "consensus")
 
 def _check(self: "Settings"):
     for f in fields(self):
@@ -130,6 +130,7 @@ class Settings:
     max_reasoning_tokens: int
     scoring: str                # text | expected
     rounds: int
+    consensus: float            # temperature in IoU, 0: each estimate by itself
     prior: float
     # answer
     reasoning: bool

@@ -16,7 +16,7 @@ from rea2seg.train.evaluator import builder_of, train_evaluator
 from rea2seg.train.groups import EvaluatorTraining, open_groups
 
 SIZE = dict(side=32, patch=8, vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32, text_width=48, text_layers=2, text_heads=4, text_kv_heads=2, text_mlp=64, positions=1024)
-PROFILE = Settings.load("tiny", prompt="brief", question_place="before", mask_view="overlay", chain_of_thought=False, group_size=5)
+PROFILE = Settings.load("tiny", prompt="brief", question_place="before", mask_view="overlay", chain_of_thought=False, group_size=5, consensus=0.0)
 
 def small(seed: int = 0, **changes): return new_internvl(load_section(InternvlSize, "tiny.internvl", **(SIZE | changes)), small_tokenizer(["the red square", "the blue square", "IoU of 5 masks:"] * 3, 320), seed)
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rea2seg.evaluator import AttentionAgreement, InternvlEvaluator, Random, load_evaluator
 from rea2seg.evaluator_internvl import GroupBuilder, collate
-from rea2seg.groups import GroupScorer, GroupScores, make_groups, play_off
+from rea2seg.groups import GroupScorer, GroupScores, expected_iou, make_groups, play_off
 from rea2seg.internvl import SPECIAL_TOKENS, InternvlSize, load_internvl, new_internvl, save_evaluator, small_tokenizer
+from rea2seg.masks import pairwise_iou
 from rea2seg.prompts import TEMPLATES, Encoder, Picture, opening, stages
 from rea2seg.records import CandidateSet, Grounding
 from rea2seg.scoreline import SCORES, ScoreGrammar
@@ -69,7 +70,7 @@ def merging(): return wild(new_internvl(SIZE, merging_tokenizer()))
 
 
 def settings_of(**changes):
-    return Settings.load("tiny", **(dict(prompt="full", question_place="before", mask_view="binary", scoring="text", chain_of_thought=False, group_size=5) | changes))
+    return Settings.load("tiny", **(dict(prompt="full", question_place="before", mask_view="binary", scoring="text", consensus=0.0, chain_of_thought=False, group_size=5) | changes))
 
 
 def line_of(template, n): return re.escape(template.open) + re.escape(template.sep).join([r"(0\.\d\d|1\.00)"] * n) + re.escape(template.close)
@@ -365,6 +366,25 @@ def test_the_play_off_decides_between_the_leaders():
     got = ev.score(IMAGE, QUESTION, blobs(12))
     assert sorted(ev.asked[1][0]) == [0, 1, 2, 3, 4] and got.ious.argmax() == 3 and got.usage == {"calls": 4}
     assert got.ious[3] == pytest.approx(0.85) and got.ious[0] == pytest.approx(0.55) and got.ious[9] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_estimates_are_read_together(small, rounds):
+    "As from the estimates by themselves; copies of a mask get one score, whatever group they stood in."
+    masks = torch.cat([blobs(7), blobs(7)[2:4]])
+    alone, together = (InternvlEvaluator(small, settings_of(prompt="brief", scoring="expected", rounds=rounds, consensus=c)).score(IMAGE, QUESTION, masks) for c in (0.0, 0.05))
+    assert torch.allclose(together.ious, expected_iou(alone.ious, masks, 0.05)) and together.raw == alone.raw
+    assert torch.allclose(together.ious[2:4], together.ious[7:], atol=1e-6) and not torch.allclose(alone.ious[2:4], alone.ious[7:], atol=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.005, 1), st.randoms(use_true_random=False))
+def test_an_expected_iou_is_one(values, temperature, random):
+    t, masks = torch.tensor(values), blobs(len(values))
+    out, order = expected_iou(t, masks, temperature), random.sample(range(len(values)), len(values))
+    assert 0 <= out.min() and out.max() <= t.max() + 1e-6
+    assert torch.allclose(expected_iou(t[order], masks[order], temperature), out[order], atol=1e-5)
+    sure = torch.zeros(len(t)); sure[order[0]] = 1
+    assert torch.allclose(expected_iou(sure, masks, 0.005), pairwise_iou(masks, masks)[order[0]], atol=1e-5)
 
 
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=20), st.data())

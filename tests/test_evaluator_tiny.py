@@ -20,13 +20,13 @@ from rea2seg.mined import read_mined
 from rea2seg.mining import mine
 from rea2seg.settings import Settings, load_section
 from rea2seg.train.evaluator import builder_of
-from rea2seg.train.evaluator_tiny import EvaluatorShape, LookBatches, Scoring, batch_of, evaluator_from, overlaps, reasons_of
+from rea2seg.train.evaluator_tiny import EvaluatorShape, LookBatches, Reason, Scoring, batch_of, evaluator_from, overlaps, reasons_of
 from rea2seg.train.generator import patchify
 from rea2seg.train.loop import fit
 from rea2seg.train.looks import LookTrainee, LookTraining, look_losses, rank_loss, soft_digits
 from rea2seg.train.pack import Pack, build_pack
 
-PROFILE = dict(evaluator_kind="internvl", prompt="bare", question_place="before", mask_view="binary", chain_of_thought=False, max_reasoning_tokens=6, scoring="expected", group_size=1)
+PROFILE = dict(evaluator_kind="internvl", prompt="bare", question_place="before", mask_view="binary", chain_of_thought=False, max_reasoning_tokens=6, scoring="expected", group_size=1, consensus=0.0)
 TEXTS = ["the cube", "Which sphere is the largest one?", "Segment the table."]
 
 
@@ -119,9 +119,20 @@ def test_it_sees_as_the_generator(generator, loaded, pack):
 
 
 def test_another_shape_is_refused(generator):
-    for layers in (9, 21):
-        with pytest.raises(ValueError, match=f"text_layers is {layers}, expected 10 .* to 20"): evaluator_from(generator, EvaluatorShape(layers, 6, 8192, 0.03))
+    for told, layers in ((6, 5), (6, 21), (0, 10)):
+        with pytest.raises(ValueError, match=f"1 <= told_layers <= text_layers <= 20 .*got told_layers {told}, text_layers {layers}"): evaluator_from(generator, EvaluatorShape(layers, told, 8192, 0.03))
     with pytest.raises(ValueError, match="opens with"): evaluator_from(generator, prompt="full")
+
+
+def test_a_smaller_one_has_the_first_layers(generator, pack, tmp_path):
+    small = evaluator_from(generator, EvaluatorShape(6, 4, 8192, 0.03))
+    layers = small.model.model.language_model.layers
+    assert len(layers) == 6 and all(torch.equal(a.mlp.up_proj.weight, b.mlp.up_proj.weight) for a, b in zip(layers, generator.model.model.layers, strict=False))
+    shutil.copytree(resolve("embedded:generator"), tmp_path / "generator")
+    save_evaluator(small, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
+    assert json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"]["names"][:-1] == [f"model.language_model.layers.{k}." for k in range(6)]
+    got = InternvlEvaluator(load_internvl(tmp_path / "evaluator"), Settings.load("tiny", **PROFILE)).score(pack.image[0].numpy(), "the cube", some_masks())
+    assert len(got.ious) == len(some_masks()) and got.ious.isfinite().all()
 
 
 @pytest.mark.parametrize(("change", "message"), [(dict(fullatt_block_indexes=[0]), "over the whole picture in every block"), (dict(spatial_merge_size=2), "one token a patch")])
@@ -238,17 +249,33 @@ def test_only_what_reads_masks_learns(loaded):
 def test_what_it_reasoned_is_read_again(loaded, mined, tmp_path):
     ev = InternvlEvaluator(loaded, Settings.load("tiny", **PROFILE | dict(chain_of_thought=True)))
     found = reasons_of(ev, mined, tmp_path)
-    assert len(found) == len(mined) and all(r[-1] == ev.builder.encoder.ids["<|im_end|>"] for r in found)
+    assert len(found) == len(mined) and all(r.ids[-1] == ev.builder.encoder.ids["<|im_end|>"] for r in found)
     drawn = Scoring(mined, settings(reason_share=1.0), reasons=found).draw(f"{mined.table['folder'][0].as_py()}:{mined.image_id[0]}", np.random.default_rng(0))
-    assert all(d["reason"] == found[[mined[i].question for i in range(len(mined))].index(d["question"])] for d in drawn)
+    assert all(d["reason"] == found[[mined[i].question for i in range(len(mined))].index(d["question"])].ids for d in drawn)
     (file,) = tmp_path.iterdir()   # a picture's questions together, a file for some pictures
     file.write_text(json.dumps({"0": " so cube"}))  # what is there is kept, what is not is thought again
     again = reasons_of(ev, mined, tmp_path)
-    assert again[0] == ev.builder.encoder.thought(" so cube") and again[1:] == found[1:] and len(list(tmp_path.iterdir())) == 2
+    assert again[0] == Reason(ev.builder.encoder.thought(" so cube"), []) and again[1:] == found[1:] and len(list(tmp_path.iterdir())) == 2
     file.write_text(json.dumps({"7": " so cube"}))
     with pytest.raises(ValueError, match="has reasoning about question 7, only 4 were mined"): reasons_of(ev, mined, tmp_path)
     with torch.no_grad(): loaded.model.model.language_model.layers[0].mlp.up_proj.weight += 0.1
     assert len(reasons_of(ev, mined, tmp_path)) == 4 and len(list(tmp_path.iterdir())) == 3  # other weights, other reasoning
+
+
+def test_questions_whose_reasoning_went_astray_are_left_out(mined):
+    "One answer on the target, one two patches off, one three off, one that names no place."
+    scene = f"{mined.table['folder'][0].as_py()}:{mined.image_id[0]}"
+    of = Scoring(mined, settings()).of[scene]
+    def asked(offsets, reach):
+        found = Scoring(mined, settings(reason_reach=reach, questions=8), reasons=[Reason([], [])] * len(mined))
+        for i, off in zip(of, offsets, strict=True):
+            ys, xs = found.candidates(i)["target"].reshape(16, 16).nonzero()
+            k = xs.argmax() if xs.max() + 3 < 16 else xs.argmin()
+            found.reasons[i] = Reason([], [] if off is None else [int(ys[k] * 16 + xs[k] + (off if xs.max() + 3 < 16 else -off))])
+        return {d["question"] for d in found.draw(scene, np.random.default_rng(0))}
+    names = [mined[i].question for i in of]
+    for offsets, reach, stay in (((0, 3), 2, [0]), ((3, 2), 2, [1]), ((None, 0), 2, [1]), ((2, 3), 3, [0, 1]), ((None, 3), 2, [0, 1])):
+        assert asked(offsets, reach) == {names[k] for k in stay}, (offsets, reach)
 
 
 def test_what_it_reasoned_before_it_was_stopped_is_kept(loaded, mined, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ def test_appendix_b():
         assert (s.layers, s.similarity, s.background_logit, s.predicted_iou, s.stability) == (layers, tau, delta, iou, stability)
         assert (s.top_tokens, s.kept_tokens, s.group_size, s.stability_offset) == (50, 30, 5, 1.0)
         assert (s.max_candidates, s.multimask_candidates, s.kcore_candidates, s.amg_candidates) == (15, 3, 3, 9)
-        assert s.mask_view == "binary" and s.chain_of_thought and s.rounds == 1 and s.prior == 0
+        assert s.mask_view == "binary" and s.chain_of_thought and s.rounds == 1 and s.consensus == 0 and s.prior == 0
 
 def test_every_line_of_the_papers_profiles_tells_its_source():
     section, told = "", {}

@@ -75,7 +75,7 @@ def models(folders):
 VARIANTS = [FULL, Variant("amg", "", parts=("multimask", "kcore")), Variant("semantic", "", parts=("multimask", "amg")), Variant("initial", "", parts=("multimask",)), Variant("layers", "", {"first_layer": 0, "last_layer": 0}),
             Variant("tau", "", {"similarity": .2}), Variant("delta", "", {"background_logit": -.5}, scored=False), Variant("k2", "", {"kept_tokens": 2}), Variant("group", "", {"group_size": 2}),
             Variant("text", "", {"scoring": "text"}), Variant("masks", "", {"amg_candidates": 2}), Variant("attention", "", evaluator="attention"), Variant("sam", "", evaluator="predicted_iou"),
-            Variant("prior", "", {"prior": .5}), Variant("rounds", "", {"rounds": 2})]
+            Variant("prior", "", {"prior": .5}), Variant("rounds", "", {"rounds": 2}), Variant("consensus", "", {"consensus": .2})]
 
 
 def plain(model, s: Sample, v: Variant) -> dict:
@@ -298,7 +298,7 @@ def test_shown_samples_follow_a_rule():
 def test_every_profile_has_a_plan(profile):
     plan, s = StudySettings.load(profile), Settings.load(profile, evaluator_kind="internvl", evaluator="x")
     sweeps = sweep_variants(plan, s)
-    assert {"k1", "k2", "tau", "delta", "layers", "masks", "group", "scoring"} <= sweeps.keys()
+    assert {"k1", "k2", "tau", "delta", "layers", "masks", "group", "consensus", "scoring"} <= sweeps.keys()
     for name, rows in sweeps.items():
         assert sum(v is FULL for v in rows) == 1 and len(rows) > 1, name
         for v in rows: s.with_(**v.changes)

@@ -15,8 +15,8 @@ from rea2seg.train.loop import fit
 from rea2seg.train.pack import Pack, build_pack
 from rea2seg.train.reasons import ReasonBatches, ReasonTrainee, ReasonTraining, add_low_rank, answered, main, merge_low_rank, train_reasons
 
-PROFILE = Settings.load("tiny", evaluator_kind="internvl", prompt="bare", question_place="before", mask_view="binary", chain_of_thought=True, max_reasoning_tokens=24, scoring="expected", group_size=1)
-FEW = dict(questions=4, batch_size=2, precision="no", steps=12, warmup_steps=1, log_every=1, save_every=100)
+PROFILE = Settings.load("tiny", evaluator_kind="internvl", prompt="bare", question_place="before", mask_view="binary", chain_of_thought=True, max_reasoning_tokens=24, scoring="expected", group_size=1, consensus=0.0)
+FEW = dict(energy=1.0, questions=4, batch_size=2, precision="no", steps=12, warmup_steps=1, log_every=1, save_every=100)
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +144,30 @@ def test_train_reasons_writes_an_evaluator(loaded, pack, tmp_path):
     assert len(load_internvl(tmp_path / "evaluator").model.model.language_model.layers) == 10
 
 
+def test_what_says_little_is_not_stored(pack, generator, tmp_path):
+    "Both checkpoints are what was in memory; the trimmed one is smaller, and a training goes on from it."
+    shutil.copytree(resolve("embedded:generator"), tmp_path / "generator")
+    sizes, few = {}, FEW | dict(steps=2, rank=12)
+    for energy in (1.0, 0.6):
+        at = tmp_path / str(energy)
+        made = train_reasons(evaluator_from(generator), pack, at, profile=PROFILE, device="cpu", shares="../../generator", **few | dict(energy=energy))
+        read = load_internvl(at / "evaluator")
+        for n, p in made.model.model.language_model.layers.named_parameters(): assert torch.allclose(p, read.model.model.language_model.layers.get_parameter(n), atol=1e-6), n
+        sizes[energy] = sum(v.numel() for v in read.lora.values())
+    assert sizes[0.6] < 0.7 * sizes[1.0]
+    train_reasons(read, pack, tmp_path / "on", profile=PROFILE, device="cpu", **few | dict(steps=1))
+
+
 def test_what_was_learnt_goes_on_exactly():
     "Changes are taken out of the weights and put back: the generator's own come out to the bit, and nothing moves."
     loaded, own = load_internvl("embedded:evaluator"), load_internvl("embedded:evaluator")
     lm, bare = loaded.model.model.language_model, load_generator("embedded:generator").model.model.layers
-    changed = add_low_rank(lm, len(next(v for k, v in loaded.lora.items() if k.endswith("lora_A.weight"))), loaded.lora)
+    changed = add_low_rank(lm, max(len(v) for k, v in loaded.lora.items() if k.endswith("lora_A.weight")), loaded.lora)
     assert torch.equal(lm.layers[3].mlp.up_proj.parametrizations.weight.original, bare[3].mlp.up_proj.weight)
     lora = merge_low_rank(changed, torch.bfloat16)
-    assert lora.keys() == own.lora.keys() and all(torch.equal(lora[k].float(), own.lora[k].float()) for k in lora)
-    assert all(torch.equal(p, own.model.state_dict()[n]) for n, p in loaded.model.state_dict().items())
+    made = lambda lora, n: lora[n.replace("_A", "_B")].float() @ lora[n].float()
+    assert lora.keys() == own.lora.keys() and all(torch.allclose(made(lora, n), made(own.lora, n), atol=1e-6) for n in lora if "_A" in n)
+    assert all(torch.allclose(p, own.model.state_dict()[n], atol=1e-6) for n, p in loaded.model.state_dict().items())
     with pytest.raises(ValueError, match="in all layers or in none, there is none of model.language_model.layers.0.self_attn.q_proj"): add_low_rank(lm, 96, {k: v for k, v in lora.items() if "layers.0.self_attn.q_proj" not in k})
 
 

@@ -22,7 +22,7 @@ from rea2seg.train.together import Together, main
 
 PROFILE = Settings.load("tiny", evaluator_kind="internvl", chain_of_thought=True, max_reasoning_tokens=12, seed_points=6)
 LOOP = dict(batch_size=2, precision="no", steps=10, warmup_steps=1, log_every=1, save_every=100)
-LOOKS, REASONS = dict(LOOP, questions=2, masks=4, learning_rate=4e-3, reason_scenes=2), dict(batch_size=2, questions=4, rank=8)
+LOOKS, REASONS = dict(LOOP, questions=2, masks=4, learning_rate=4e-3, reason_scenes=2), dict(batch_size=2, questions=4, rank=8, energy=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_both_fall_and_are_stored(folders, tmp_path):
     assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=0.05)
 
 
-def test_another_rank_is_refused(folders):
+def test_a_lower_rank_is_refused(folders):
     with pytest.raises(ValueError, match="have rank 8, the settings say 5"): Together(load_internvl(folders / "evaluator"), load_section(LookTraining, "tiny.evaluator"), load_section(ReasonTraining, "tiny.reasons", rank=5), PROFILE)
 
 
@@ -92,3 +92,16 @@ def test_the_command_trains_and_goes_on_from_what_it_wrote(folders, tmp_path, mo
     main([*common, "--start", str(tmp_path / "evaluator"), "--out", str(tmp_path / "b")])
     first, second = (load_internvl(p / "evaluator") for p in (tmp_path, tmp_path / "b"))
     assert first.lora.keys() == second.lora.keys() and not all(torch.equal(first.lora[k], second.lora[k]) for k in first.lora)
+
+
+def test_without_a_pack_it_learns_no_reasoning(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    few = [x for k, v in dict(LOOKS, steps=3).items() for x in ("--set", f"{k}={v}")] + ["--set-reasons", "rank=4"]
+    shutil.copytree(folders / "generator", tmp_path / "generator")
+    common = ["--mined", str(folders / "mined"), "--device", "cpu", "--shares", "../generator", "--out", str(tmp_path), *few]
+    main(common)
+    history = [json.loads(line) for line in (tmp_path / "run-together" / "log.jsonl").read_text().splitlines()]
+    assert "digits" in history[-1] and "words" not in history[-1] and not (tmp_path / "reasons").exists()
+    assert {len(v) for k, v in load_internvl(tmp_path / "evaluator").lora.items() if "lora_A" in k} <= {1, 2, 3, 4}
+    with pytest.raises(SystemExit): main([*common, "--pack", str(folders / "pack")])
+    assert "reasoning goes on from --start" in capsys.readouterr().err

@@ -38,7 +38,7 @@ from .store import Store, content, digest, pack, unpack
 GROUND = ("reasoning", "max_new_tokens")
 DISCOVER = ("first_layer", "last_layer", "top_tokens", "kept_tokens", "seed_points", "seed", "max_candidates", "multimask_candidates", "kcore_candidates", "amg_candidates", "similarity",
             "background_logit", "predicted_iou", "stability", "stability_offset", "box_nms_iou", "min_region_area", "points_per_batch")
-SCORE = ("group_size", "mask_view", "question_place", "prompt", "chain_of_thought", "max_reasoning_tokens", "scoring", "rounds", "seed")
+SCORE = ("group_size", "mask_view", "question_place", "prompt", "chain_of_thought", "max_reasoning_tokens", "scoring", "rounds", "consensus", "seed")
 
 def chosen(settings: Settings, names: tuple[str, ...]) -> dict: return {n: getattr(settings, n) for n in names}
 

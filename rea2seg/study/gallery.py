@@ -92,7 +92,7 @@ def draw_patches(shown: list[Shown], columns: int = 2) -> tuple[Figure, list[dic
 def draw_sweeps(lines: list[dict]) -> Figure: # from `sweep_lines`
     "Small multiples, one a setting; a value that failed is crossed out in its place."
     sweeps, small = list(dict.fromkeys(e["sweep"] for e in lines)), RunNumbers.load().print_size
-    columns = min(5, max(1, len(sweeps))); n = max(1, -(-len(sweeps) // columns))
+    columns = min(4, max(1, len(sweeps))); n = max(1, -(-len(sweeps) // columns))
     figure = Figure(figsize=(2.0 * columns + .3, 1.9 * n + .35), layout="constrained")
     axes = figure.subplots(n, columns, squeeze=False, sharey=True).ravel()
     for ax in axes[len(sweeps):]: ax.axis("off")

@@ -173,7 +173,7 @@ def evaluator_table(folder: Path | str) -> Table:
 
 # %% ../../nbs/api/study_paper.ipynb #ddf941ef
 SYMBOLS = {"k1": "k1, tokens by attention", "k2": "k2, tokens kept", "tau": "tau, cosine", "delta": "delta, logit", "layers": "layers", "filter_iou": "AMG: least predicted IoU", "filter_stability": "AMG: least stability",
-           "masks": "N, AMG masks", "group": "s, group size", "scoring": "scoring"}
+           "masks": "N, AMG masks", "group": "s, group size", "consensus": "T, consensus", "scoring": "scoring"}
 
 def sweep_lines(rows: list[RowResult], facts: dict) -> list[dict]: # one entry a value
     "Numbers of all sweeps: best candidate, selected mask, each with the difference to the profile's own value."

@@ -46,6 +46,7 @@ class StudySettings:
     filter_iou: tuple
     filter_stability: tuple
     group: tuple
+    consensus: tuple
     masks: tuple
 
     @classmethod
@@ -104,6 +105,7 @@ def sweep_variants(plan: StudySettings, settings: Settings) -> dict[str, list[Va
         "masks": line("masks", "amg_candidates", _whole(plan.masks), True)}
     if s.evaluator_kind in ("internvl", "api"): # only these look at groups
         sweeps["group"] = line("group", "group_size", _whole(plan.group), True)
+        sweeps["consensus"] = line("consensus", "consensus", plan.consensus, True)
     if s.evaluator_kind == "internvl":
         other = "text" if s.scoring == "expected" else "expected"
         sweeps["scoring"] = [FULL, Variant(f"scoring={other}", other, {"scoring": other})]
@@ -111,7 +113,7 @@ def sweep_variants(plan: StudySettings, settings: Settings) -> dict[str, list[Va
 
 def own_value(sweep: str, settings: Settings) -> str:
     "What the profile's own row is called in a sweep."
-    fields = dict(k1="top_tokens", k2="kept_tokens", tau="similarity", delta="background_logit", filter_iou="predicted_iou", filter_stability="stability", masks="amg_candidates", group="group_size", scoring="scoring")
+    fields = dict(k1="top_tokens", k2="kept_tokens", tau="similarity", delta="background_logit", filter_iou="predicted_iou", filter_stability="stability", masks="amg_candidates", group="group_size", consensus="consensus", scoring="scoring")
     if sweep == "layers": return f"{settings.first_layer}-{settings.last_layer}"
     value = getattr(settings, fields[sweep])
     return value if isinstance(value, str) else f"{value:g}"

@@ -26,6 +26,7 @@ class LookTraining(LoopSettings):
     questions: int             # of each scene, where candidates are scored
     masks: int                 # candidates of each question
     reason_share: float        # share of the questions that have their reasoning behind them
+    reason_reach: int          # patches from the target; questions whose reasoning ends further off are left out
     digit_spread: float        # standard deviation of the digits' soft targets, in IoU
     positive_weight: float     # factor of scores whose true IoU is at least `positive_iou`
     positive_iou: float

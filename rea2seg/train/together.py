@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..evaluator import InternvlEvaluator
+from ..generators import load_generator
 from ..internvl import Internvl, load_internvl, save_evaluator
 from ..mined import Mined, read_mined
 from ..settings import Settings, load_section, parse_changes
 from .evaluator import score_mined, summary_of
-from .evaluator_tiny import LookBatches, Scoring, reasons_of
+from .evaluator_tiny import LookBatches, Scoring, evaluator_from, reasons_of
 from .looks import LookTrainee, LookTraining
 from .loop import Tracker, fit
 from .pack import Pack
@@ -27,7 +28,7 @@ from .reasons import ReasonBatches, ReasonTrainee, ReasonTraining
 
 # %% ../../nbs/api/train_together.ipynb #f6b28d6d
 class Together(nn.Module):
-    "`forward(batch, step)` with reasons (what `ReasonBatches` gives) and scores (what `LookBatches` gives)."
+    "`forward(batch, step)` with reasons (what `ReasonBatches` gives; None: scores alone) and scores (what `LookBatches` gives)."
     progress = 0.0
     def __init__(self, loaded: Internvl, looks: LookTraining, reasons: ReasonTraining, profile: Settings):
         super().__init__()
@@ -51,7 +52,7 @@ class Together(nn.Module):
         config = self.lm.config
         with parametrize.cached():
             config._attn_implementation = self.reads[0]
-            reasons, log = self.reasoner(batch["reasons"], step)
+            reasons, log = self.reasoner(batch["reasons"], step) if batch["reasons"] else (0, {})
             config._attn_implementation = self.reads[1]        # masks are looked through
             scores, more = self.looks(batch["scores"], step)
         return reasons + scores, log | {f"score_{k}" if k in log else k: v for k, v in more.items()}
@@ -61,16 +62,16 @@ class Together(nn.Module):
         return self.reasoner.settle(dtype)
 
 # %% ../../nbs/api/train_together.ipynb #a6ce02c7
-def train_together(loaded: Internvl, pack: Pack, mined: Mined, folder: str | Path, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
+def train_together(loaded: Internvl, pack: Pack | None, mined: Mined, folder: str | Path, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
                    profile: Settings | None = None, watched: int = 100, shares: str | None = None, reasons: dict | None = None, **changes) -> Internvl:
-    "Go on from an evaluator that reasons (`train_reasons`); `watched` questions of `validation` are scored at every checkpoint. `changes` are those of `[tiny.evaluator]`, which also says how many scenes with traces a step has, `reasons` those of `[tiny.reasons]`."
+    "Go on from an evaluator that reasons (`train_reasons`), or without a pack learn to score without reasoning; `watched` questions of `validation` are scored at every checkpoint. `changes` are those of `[tiny.evaluator]`, which also says how many scenes with traces a step has, `reasons` those of `[tiny.reasons]`."
     looks = load_section(LookTraining, "tiny.evaluator", **changes)
     both = load_section(ReasonTraining, "tiny.reasons", **dict(batch_size=looks.reason_scenes, learning_rate=looks.reason_rate, seed=looks.seed + 1) | (reasons or {}))  # another order of scenes than stage one's
-    profile, folder = (profile or Settings.load("tiny")).with_(group_size=1), Path(folder)
+    profile, folder = (profile or Settings.load("tiny")).with_(group_size=1, **({} if pack is not None else {"chain_of_thought": False})), Path(folder)
     loaded.model.to(device).eval()
     said = reasons_of(InternvlEvaluator(loaded, profile), mined, folder / "reasons") if profile.chain_of_thought else None
     trainee = Together(loaded, looks, both, profile).to(device)
-    scored, traced = LookBatches(Scoring(mined, looks, loaded.model.model.vision_tower.grid, said)), ReasonBatches(pack, trainee.reasoner, both)
+    scored, traced = LookBatches(Scoring(mined, looks, loaded.model.model.vision_tower.grid, said)), ReasonBatches(pack, trainee.reasoner, both) if pack is not None else lambda *_: None
     def batch_at(i: int, rank: int, world: int) -> dict: return {"reasons": traced(i, rank, world), "scores": scored(i, rank, world)}
     def check(m, step):
         with parametrize.cached(): return summary_of(score_mined(InternvlEvaluator(loaded, profile), validation, range(min(len(validation), watched))))
@@ -84,14 +85,16 @@ def train_together(loaded: Internvl, pack: Pack, mined: Mined, folder: str | Pat
 def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.together`: learn to score and to reason."
     p = argparse.ArgumentParser(prog="rea2seg.train.together", description=main.__doc__)
-    p.add_argument("--start", required=True, help="an evaluator that reasons, see rea2seg.train.reasons")
-    p.add_argument("--pack", required=True, action="append", help="scenes with questions; may be repeated"); p.add_argument("--mined", required=True, action="append", help="what `rea2seg mine` wrote; may be repeated")
+    p.add_argument("--start", help="an evaluator that reasons, see rea2seg.train.reasons; default: the generator's weights"); p.add_argument("--generator", default="embedded:generator")
+    p.add_argument("--pack", action="append", help="scenes with questions and traces; may be repeated; without any it learns to score without reasoning"); p.add_argument("--mined", required=True, action="append", help="what `rea2seg mine` wrote; may be repeated")
     p.add_argument("--validation", action="append", help="mined held-out questions; may be repeated"); p.add_argument("--out", default="runs/together"); p.add_argument("--minutes", type=float)
     p.add_argument("--shares", help="relative path from OUT/evaluator to a generator whose weights are not written again"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator]"); p.add_argument("--set-reasons", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.reasons]")
     a = p.parse_args(argv)
+    if a.pack and not a.start: p.error("reasoning goes on from --start, see rea2seg.train.reasons")
     tracker = Tracker(name="tiny-together", config=vars(a), folder=Path(a.out))
-    train_together(load_internvl(a.start), Pack.load(a.pack), read_mined(a.mined), a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares,
+    loaded = load_internvl(a.start) if a.start else evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers))
+    train_together(loaded, Pack.load(a.pack) if a.pack else None, read_mined(a.mined), a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares,
                    reasons=parse_changes(a.set_reasons, ReasonTraining), **parse_changes(a.set, LookTraining))
     tracker.finish()
 
