@@ -64,7 +64,7 @@ def separate(evaluator, image, question, masks) -> torch.Tensor:
 def measure(name: str, masks: int, runs: int, threads: int) -> dict:
     "One size of model: a first question, a further one about the same picture, and the mean of the distribution, against separate calls."
     size = load_section(InternvlSize, "tiny.internvl") if name == "tiny" else InternvlSize(**SMALL)
-    settings = Settings.load("tiny", prompt="full", mask_view="binary", question_place="before", scoring="text")
+    settings = Settings.load("tiny", prompt="full", mask_view="binary", question_place="before", scoring="text", chain_of_thought=False, group_size=5, rounds=1, consensus=0.0)
     loaded = new_internvl(size, small_tokenizer(["Grade the masks in the order shown. The first image is a photo."], size.tokens))
     evaluator, mean = (InternvlEvaluator(loaded, settings.with_(scoring=s)) for s in ("text", "expected"))
     yy, xx = np.mgrid[:256, :256]
