@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'SPECIAL_TOKENS', 'native_name', 'native_state', 'native_config', 'lora_changes', 'add_changes',
-           'unwrap_trainer', 'read_adapter', 'Internvl', 'load_tokenizer', 'generator_weights', 'weight_mark',
+           'unwrap_trainer', 'read_adapter', 'Internvl', 'load_tokenizer', 'shared_weights', 'weight_mark',
            'load_internvl', 'InternvlSize', 'new_internvl', 'small_tokenizer', 'save_evaluator']
 
 # %% ../nbs/api/internvl.ipynb #1fc17683
@@ -227,16 +227,18 @@ def _tiling(folder: Path, config: dict, native: InternVLConfig) -> Tiling:
 
 SHARES = "rea2seg.json"
 
-def generator_weights(
-    generator: Path,     # a LENS checkpoint's folder
-    dtype: torch.dtype,
-) -> dict[str, Tensor]: # under the evaluator's names
-    "Vision tower and layers of a generator, for an evaluator that keeps some of them as they are."
-    generator = Path(os.path.normpath(generator))  # the evaluator's own folder need not exist yet
-    if not generator.is_dir(): raise CheckpointError(f"the evaluator shares weights with {generator}, which is not there")
+def shared_weights(
+    folder: str | Path,  # the evaluator's, which need not exist yet
+    source: str,         # relative path from there: a LENS checkpoint, or another evaluator
+) -> dict[str, Tensor]: # bfloat16, under an evaluator's names
+    "What an evaluator may have from others: vision tower and layers of a generator, all of another evaluator."
+    where = Path(os.path.normpath(Path(folder) / source))
+    if where == Path(os.path.normpath(folder)): raise CheckpointError(f"the evaluator in {where} cannot share its own weights")
+    if not where.is_dir(): raise CheckpointError(f"the evaluator shares weights with {where}, which is not there")
+    if read_json(where).get("model_type") in ("internvl", "internvl_chat"): return {n: t.bfloat16() for n, t in load_internvl(where).model.state_dict().items()}
     names = {"visual.": "model.vision_tower.tower.", "model.layers.": "model.language_model.layers."}
-    found = {new + n.removeprefix(old): t for n, t in read_state(generator, dtype).items() for old, new in names.items() if n.startswith(old)}
-    if not found: raise CheckpointError(f"{generator} has neither a vision tower (visual.*) nor layers (model.layers.*)")
+    found = {new + n.removeprefix(old): t for n, t in read_state(where, torch.bfloat16).items() for old, new in names.items() if n.startswith(old)}
+    if not found: raise CheckpointError(f"{where} has neither a vision tower (visual.*) nor layers (model.layers.*)")
     return found
 
 def weight_mark(state: dict[str, Tensor]) -> str: # 16 hex digits
@@ -245,12 +247,12 @@ def weight_mark(state: dict[str, Tensor]) -> str: # 16 hex digits
     for name in sorted(state): h.update(name.encode()); h.update(state[name].to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]
 
-def _shared(folder: Path, note: dict, dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "What the note in `rea2seg.json` says that an evaluator has from a generator."
-    theirs = generator_weights(folder / note["generator"], dtype)
-    shared = {n: t for n, t in theirs.items() if any(n.startswith(p) for p in note["names"])}
-    if own := shared.keys() & state.keys(): raise CheckpointError(f"{folder} says that these weights are the generator's, yet it has them: {_some(own)}")
-    if weight_mark(shared) != note["mark"]: raise CheckpointError(f"{folder} was trained with another generator than {os.path.normpath(folder / note['generator'])}")
+def _shared(folder: Path, note: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "What an entry of `rea2seg.json` says that an evaluator has from another checkpoint."
+    theirs = shared_weights(folder, note["from"])
+    shared = {own + n.removeprefix(piece): t for own, piece in note["names"].items() for n, t in theirs.items() if n.startswith(piece)}
+    if own := shared.keys() & state.keys(): raise CheckpointError(f"{folder} says that these weights are shared, yet it has them: {_some(own)}")
+    if weight_mark(shared) != note["mark"]: raise CheckpointError(f"{folder} was trained with other weights than those of {os.path.normpath(folder / note['from'])}")
     return shared
 
 def load_internvl(
@@ -270,9 +272,10 @@ def load_internvl(
     tokenizer = load_tokenizer(folder)
     weights, lora = unwrap_trainer(state, str(folder))
     state = native_state(weights)
-    if note := read_json(folder, SHARES, required=False).get("shares"): state |= _shared(folder, note, dtype, state)
+    notes = read_json(folder, SHARES, required=False).get("shares", [])
+    for note in notes: state |= {n: t.to(dtype) for n, t in _shared(folder, note, state).items()}
     if lora: add_changes(state, lora_changes(lora, {}, str(folder)), str(folder))
-    kept = {native_name(n): t for n, t in lora.items()} if note and lora else None
+    kept = {native_name(n): t for n, t in lora.items()} if notes and lora else None
     native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) if kind == "internvl_chat" else _native(config)
     if native.image_token_id != tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"): raise CheckpointError(f"{folder}: image_token_id {native.image_token_id} is not the tokenizer's <IMG_CONTEXT>")
     if adapter is not None:
@@ -348,14 +351,26 @@ def small_tokenizer(
 
 # %% ../nbs/api/internvl.ipynb #3d2d27ba
 def _piece(name: str) -> str:
-    "The tower, or one layer: what is shared as a whole."
-    return re.match(r"model\.(vision_tower\.tower|language_model\.layers\.\d+)\.", name)[0]
+    "The tower, one layer, or a tensor beside them: what is shared as a whole."
+    found = re.match(r"model\.(vision_tower\.tower|language_model\.layers\.\d+)\.", name)
+    return found[0] if found else name
+
+def _found_in(theirs: dict[str, Tensor], state: dict[str, Tensor], changes: dict[str, Tensor]) -> dict[str, str]: # our piece -> theirs
+    "Pieces of `state` that another checkpoint has, but for low-rank changes; a layer may have another number there, and vectors alone are not worth it."
+    own, layers = {}, sorted({p for p in map(_piece, theirs) if ".layers." in p})
+    for n, t in state.items():
+        if (p := _piece(n)) != n or t.ndim > 1: own.setdefault(p, []).append(n)
+    def same(n: str, other: str) -> bool:
+        t = theirs.get(other)
+        return t is not None and torch.equal(state[n].to(torch.bfloat16), (t.float() + changes[n].cpu()).to(torch.bfloat16) if n in changes else t)
+    found = {p: next((q for q in ([p, *layers] if ".layers." in p else [p]) if all(same(n, q + n.removeprefix(p)) for n in names)), None) for p, names in own.items()}
+    return {p: q for p, q in sorted(found.items()) if q}
 
 def save_evaluator(
     loaded: Internvl,
     folder: str | Path,              # replaced when it exists
     dtype: torch.dtype | None = None, # cast the weights, e.g. to bfloat16
-    shares: str | None = None,       # relative path of a generator; its vision tower and layers are not written again where they are the same, or differ by `loaded.lora`
+    shares: str | list[str] | None = None, # relative paths of a generator or other evaluators; what is the same there, or differs by `loaded.lora`, is not written again
 ) -> Path:
     "Write model, tokenizer and preprocessing as a native checkpoint."
     t = loaded.tiling
@@ -363,16 +378,17 @@ def save_evaluator(
         state = loaded.model.state_dict()
         state = state if dtype is None else {k: v.to(dtype) for k, v in state.items()}
         if shares:
-            theirs = generator_weights(Path(folder) / shares, torch.bfloat16)
-            whole = {p: [n for n in theirs if n.startswith(p)] for p in sorted({_piece(n) for n in theirs})}
-            changes = lora_changes(loaded.lora, {}, "this evaluator") if loaded.lora else {}
-            changed = lambda n: (theirs[n].float() + changes[n].cpu()).to(torch.bfloat16) if n in changes else theirs[n]
-            same = [p for p, names in whole.items() if all(n in state and torch.equal(state[n].to(torch.bfloat16), changed(n)) for n in names)]
-            if lost := sorted(n for n in changes if not any(n.startswith(p) for p in same)): raise CheckpointError(f"low-rank changes do not make the evaluator's weights of the generator's: {_some(lost)}")
-            if not same: raise CheckpointError(f"neither the tower nor a layer of the evaluator is that of {os.path.normpath(Path(folder) / shares)}")
-            own = {n: theirs[n] for p in same for n in whole[p]}
-            state = {n: t for n, t in state.items() if n not in own} | {n: t if dtype is None else t.to(dtype) for n, t in (loaded.lora or {}).items()}
-            (new / SHARES).write_text(json.dumps({"shares": {"generator": shares, "names": same, "mark": weight_mark(own)}}))
+            notes, changes = [], lora_changes(loaded.lora, {}, "this evaluator") if loaded.lora else {}
+            for source in [shares] if isinstance(shares, str) else shares:
+                theirs = shared_weights(folder, source)
+                found = _found_in(theirs, state, changes)
+                if not found: raise CheckpointError(f"nothing in the evaluator is that of {os.path.normpath(Path(folder) / source)}")
+                own = {n: theirs[found[p] + n.removeprefix(p)] for n in state if (p := _piece(n)) in found}
+                state, changes = ({n: t for n, t in of.items() if n not in own} for of in (state, changes))
+                notes.append({"from": source, "names": found, "mark": weight_mark(own)})
+            if changes: raise CheckpointError(f"low-rank changes do not make the evaluator's weights of those it shares: {_some(changes)}")
+            state |= {n: t if dtype is None else t.to(dtype) for n, t in (loaded.lora or {}).items()}
+            (new / SHARES).write_text(json.dumps({"shares": notes}))
         loaded.model.save_pretrained(new, state_dict=state)
         loaded.tokenizer.save_pretrained(new)
         if dtype is not None: (new / "config.json").write_text(json.dumps(read_json(new) | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))

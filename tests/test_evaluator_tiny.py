@@ -130,7 +130,7 @@ def test_a_smaller_one_has_the_first_layers(generator, pack, tmp_path):
     assert len(layers) == 6 and all(torch.equal(a.mlp.up_proj.weight, b.mlp.up_proj.weight) for a, b in zip(layers, generator.model.model.layers, strict=False))
     shutil.copytree(resolve("embedded:generator"), tmp_path / "generator")
     save_evaluator(small, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
-    assert json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"]["names"][:-1] == [f"model.language_model.layers.{k}." for k in range(6)]
+    assert json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"][0]["names"] == {p: p for p in [*(f"model.language_model.layers.{k}." for k in range(6)), "model.vision_tower.tower."]}
     got = InternvlEvaluator(load_internvl(tmp_path / "evaluator"), Settings.load("tiny", **PROFILE)).score(pack.image[0].numpy(), "the cube", some_masks())
     assert len(got.ious) == len(some_masks()) and got.ious.isfinite().all()
 
@@ -303,7 +303,7 @@ def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path)
         for layer in layers[kept:]: layer.mlp.up_proj.weight += 0.1
     save_evaluator(loaded, home / "evaluator", torch.bfloat16, shares="../generator")
     note = json.loads((home / "evaluator" / "rea2seg.json").read_text())["shares"]
-    assert note["names"] == sorted([*(f"model.language_model.layers.{k}." for k in range(kept)), "model.vision_tower.tower."])
+    assert [n["from"] for n in note] == ["../generator"] and list(note[0]["names"]) == sorted([*(f"model.language_model.layers.{k}." for k in range(kept)), "model.vision_tower.tower."])
     whole = save_evaluator(loaded, home / "whole", torch.bfloat16)
     a, b = load_internvl(home / "evaluator"), load_internvl(whole)
     assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
@@ -316,7 +316,7 @@ def test_what_is_the_generators_stays_with_it(generator, loaded, pack, tmp_path)
     other = load_generator(home / "generator")
     with torch.no_grad(): other.model.visual.blocks[0].attn.proj.weight += 0.1
     save_generator(other, home / "generator")
-    with pytest.raises(CheckpointError, match="was trained with another generator than .*generator"): load_internvl(home / "evaluator")
+    with pytest.raises(CheckpointError, match="was trained with other weights than those of .*generator"): load_internvl(home / "evaluator")
     for f in (home / "generator").glob("*.safetensors"): f.unlink()
     save_file({"model.norm.weight": torch.ones(4)}, home / "generator" / "model.safetensors")
     with pytest.raises(CheckpointError, match="has neither a vision tower .* nor layers"): load_internvl(home / "evaluator")
@@ -328,7 +328,7 @@ def test_an_evaluator_that_kept_nothing_shares_nothing(loaded, tmp_path):
     shutil.copytree(resolve("embedded:generator"), tmp_path / "generator")
     with torch.no_grad():
         for p in loaded.model.parameters(): p += 0.1
-    with pytest.raises(CheckpointError, match="neither the tower nor a layer of the evaluator is that of"): save_evaluator(loaded, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
+    with pytest.raises(CheckpointError, match="nothing in the evaluator is that of"): save_evaluator(loaded, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
     assert not (tmp_path / "evaluator").exists()
 
 

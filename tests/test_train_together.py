@@ -71,7 +71,7 @@ def test_both_fall_and_are_stored(folders, tmp_path):
     loaded.lora = trainee.settle(torch.bfloat16); loaded.model.eval()
     shutil.copytree(folders / "generator", tmp_path / "generator")
     save_evaluator(loaded, tmp_path / "evaluator", torch.bfloat16, shares="../generator")
-    assert len(json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"]["names"]) == 11
+    assert len(json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"][0]["names"]) == 11
     m, again = read_mined([folders / "mined"])[0], load_internvl(tmp_path / "evaluator")
     a, b = (InternvlEvaluator(x, PROFILE).score(batch["scores"]["image"][0].numpy(), m.question, torch.from_numpy(m.masks())).ious for x in (loaded, again))
     assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=0.05)

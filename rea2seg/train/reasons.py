@@ -219,15 +219,20 @@ class ReasonTrainee(PhotoTrainee):
             rows = {k: torch.cat([recorder.rows[k][:, b, :n] for b, n in enumerate(by_row[k])], 1).transpose(0, 1) for k in wanted}
         return plan, self.model.lm_head(hidden[plan.answer_at[:, 0], plan.answer_at[:, 1]]), rows
 
+    def written(self, plan, logits: Tensor, places: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor]: # of words, of places, and float[P] 1 where the likeliest place is right
+        "Losses of what is written."
+        said, is_place = logits.float().log_softmax(-1), torch.isin(plan.answer_ids, torch.tensor(self.places, device=logits.device))
+        words = -said[~is_place].gather(1, plan.answer_ids[~is_place, None]).mean()
+        at, weight = said[is_place][:, self.places], 1 + (self.settings.answer_weight - 1) * final
+        place = -(at.masked_fill(~places, -torch.inf).logsumexp(1) * weight).sum() / weight.sum()
+        return words, place, places.gather(1, at.argmax(-1, keepdim=True))[:, 0].float()
+
     def forward(self, batch: dict, step: int) -> tuple[Tensor, dict]: # loss, what is logged
         s, device = self.settings, self.model.device
         photo, places, final = self.see(batch["image"], batch["scene"]).to(device), batch["places"].to(device), batch["final"].to(device)
         first, last = min(s.attention_first, s.mention_first), max(s.attention_last, s.mention_last)
         with parametrize.cached(): plan, logits, rows = self.read(photo, batch["questions"], batch["reasons"], batch["looks"], range(first, last + 1))
-        said, is_place = logits.float().log_softmax(-1), torch.isin(plan.answer_ids, torch.tensor(self.places, device=device))
-        words = -said[~is_place].gather(1, plan.answer_ids[~is_place, None]).mean()
-        at, weight = said[is_place][:, self.places], 1 + (s.answer_weight - 1) * final
-        place = -(at.masked_fill(~places, -torch.inf).logsumexp(1) * weight).sum() / weight.sum()
+        words, place, right = self.written(plan, logits, places, final)
         look = lambda name, a, b, target: attention_losses(rows[name][:, a - first:b - first + 1].float(), target.to(device), s.attention_spread)
         on_place, mass = look("places", s.attention_first, s.attention_last, places)
         behind, pointed = look("score", s.attention_first, s.attention_last, batch["target"])
@@ -236,7 +241,6 @@ class ReasonTrainee(PhotoTrainee):
         if "named" in rows:
             named, there = look("named", s.mention_first, s.mention_last, batch["named"])
             total = total + s.mention_weight * named.mean(); log["mentioned"] = there.mean()
-        right = places.gather(1, at.argmax(-1, keepdim=True))[:, 0].float()
         return total, {k: v.detach() for k, v in (log | {"right": right.mean(), "answer": right[final].mean()}).items()}
 
 # %% ../../nbs/api/train_reasons.ipynb #fac9ca06
@@ -260,8 +264,8 @@ def answered(loaded: Internvl, pack: Pack, profile: Settings, most: int = 10**9)
     return {c: float(np.mean(v)) for c, v in sorted(found.items())}
 
 def train_reasons(loaded: Internvl, pack: Pack, folder: str | Path, validation: Pack | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
-                  profile: Settings | None = None, shares: str | None = None, **changes) -> Internvl:
-    "Learn to write traces; the evaluator is written into `folder`, low-rank where it `shares` a generator's weights (path from the evaluator's folder)."
+                  profile: Settings | None = None, shares: str | list[str] | None = None, **changes) -> Internvl:
+    "Learn to write traces; the evaluator is written into `folder`, low-rank where it `shares` weights (paths from the evaluator's folder, see `save_evaluator`)."
     s, profile = load_section(ReasonTraining, "tiny.reasons", **changes), profile or Settings.load("tiny")
     trainee = ReasonTrainee(loaded, s, profile).to(device)
     fit(trainee, ReasonBatches(pack, trainee, s), s, Path(folder) / "run-reasons", trainee.groups(), minutes=minutes, time_schedule=minutes is not None, cpu=device == "cpu", tracker=tracker)
@@ -278,7 +282,7 @@ def main(argv: list[str] | None = None):
     p = argparse.ArgumentParser(prog="rea2seg.train.reasons", description=main.__doc__)
     p.add_argument("--generator", default="embedded:generator"); p.add_argument("--start", help="an evaluator whose reasoning goes on, in place of the generator's weights"); p.add_argument("--pack", required=True, action="append", help="scenes with questions; may be repeated")
     p.add_argument("--validation", help="a pack of scenes that no training sees"); p.add_argument("--out", default="runs/reasons"); p.add_argument("--minutes", type=float)
-    p.add_argument("--shares", help="relative path from OUT/evaluator to a generator whose weights are not written again")
+    p.add_argument("--shares", action="append", help="relative path from OUT/evaluator to a generator or evaluator whose weights are not written again; may be repeated")
     p.add_argument("--scenes", type=int); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("--set-shape", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator_shape], where there is no --start")
     a = p.parse_args(argv)

@@ -63,7 +63,7 @@ class Together(nn.Module):
 
 # %% ../../nbs/api/train_together.ipynb #a6ce02c7
 def train_together(loaded: Internvl, pack: Pack | None, mined: Mined, folder: str | Path, validation: Mined | None = None, minutes: float | None = None, device: str = "cpu", tracker: Tracker | None = None,
-                   profile: Settings | None = None, watched: int = 100, shares: str | None = None, reasons: dict | None = None, **changes) -> Internvl:
+                   profile: Settings | None = None, watched: int = 100, shares: str | list[str] | None = None, reasons: dict | None = None, **changes) -> Internvl:
     "Go on from an evaluator that reasons (`train_reasons`), or without a pack learn to score without reasoning; `watched` questions of `validation` are scored at every checkpoint. `changes` are those of `[tiny.evaluator]`, which also says how many scenes with traces a step has, `reasons` those of `[tiny.reasons]`."
     looks = load_section(LookTraining, "tiny.evaluator", **changes)
     both = load_section(ReasonTraining, "tiny.reasons", **dict(batch_size=looks.reason_scenes, learning_rate=looks.reason_rate, seed=looks.seed + 1) | (reasons or {}))  # another order of scenes than stage one's
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None):
     p.add_argument("--start", help="an evaluator that reasons, see rea2seg.train.reasons; default: the generator's weights"); p.add_argument("--generator", default="embedded:generator")
     p.add_argument("--pack", action="append", help="scenes with questions and traces; may be repeated; without any it learns to score without reasoning"); p.add_argument("--mined", required=True, action="append", help="what `rea2seg mine` wrote; may be repeated")
     p.add_argument("--validation", action="append", help="mined held-out questions; may be repeated"); p.add_argument("--out", default="runs/together"); p.add_argument("--minutes", type=float)
-    p.add_argument("--shares", help="relative path from OUT/evaluator to a generator whose weights are not written again"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--shares", action="append", help="relative path from OUT/evaluator to a generator or evaluator whose weights are not written again; may be repeated"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator]"); p.add_argument("--set-reasons", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.reasons]")
     a = p.parse_args(argv)
     if a.pack and not a.start: p.error("reasoning goes on from --start, see rea2seg.train.reasons")
