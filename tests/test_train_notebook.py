@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1] / "nbs"
 @pytest.fixture
 def run_notebook(tmp_path, monkeypatch):
     "Runs a notebook at smoke size; gives its folder, its provenance and how many pictures it shows."
-    def run(name: str) -> tuple[Path, dict, int]:
+    def run(name: str, into: str = "run", **parameters) -> tuple[Path, dict, int]:
         for key, value in dict(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", MPLBACKEND="agg", CUDA_VISIBLE_DEVICES="").items(): monkeypatch.setenv(key, value)
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        out = tmp_path / "run"
-        papermill.execute_notebook(ROOT / name, tmp_path / "out.ipynb", dict(size="smoke", device="cpu", out=str(out)), progress_bar=False, cwd=tmp_path)
+        out = tmp_path / into
+        papermill.execute_notebook(ROOT / name, tmp_path / "out.ipynb", dict(size="smoke", device="cpu", out=str(out), **parameters), progress_bar=False, cwd=tmp_path)
         cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
         return out, json.loads((out / "notebook.json").read_text()), sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
     return run
@@ -39,6 +39,11 @@ def test_the_evaluators_notebook_runs(run_notebook):
     assert load_evaluator(out / "evaluator").kind == "internvl" and len(read_mined(out / "mined-val")) >= 2 and len(read_mined(out / "mined")) >= 2
     assert run["size"] == "smoke" and 0 <= run["report"]["val_giou"] <= run["report"]["val_oracle"] <= 1 and "all" in run["categories"] and run["versions"]["torch"]
     assert len((out / "run-together" / "log.jsonl").read_text().splitlines()) >= 3
+    there = dict(pack=str(out / "pack"), held_pack=str(out / "val"), mined=str(out / "mined"), held=str(out / "mined-val"))   # table 4's other rows are parameters
+    small, _, _ = run_notebook("03_train_evaluator.ipynb", "small", start="embedded:evaluator", layers=8, **there)
+    assert load_evaluator(small / "evaluator").loaded.model.config.text_config.num_hidden_layers == 8 and (small / "reasons").is_dir()
+    plain, run, _ = run_notebook("03_train_evaluator.ipynb", "plain", traces=False, **there)
+    assert not (plain / "reasons").exists() and "words" not in (plain / "run-together" / "log.jsonl").read_text() and 0 <= run["report"]["val_giou"] <= 1
 
 @pytest.mark.parametrize("name", ["02_train_generator.ipynb", "03_train_evaluator.ipynb"])
 def test_parameters_are_plain_and_nothing_is_exported(name):

@@ -11,10 +11,10 @@ from rea2seg.evaluator_internvl import InternvlEvaluator
 from rea2seg.generators import load_generator
 from rea2seg.internvl import load_internvl, new_internvl, save_evaluator
 from rea2seg.settings import Settings, load_section
-from rea2seg.train.evaluator_tiny import EvaluatorShape, evaluator_from
+from rea2seg.train.evaluator_tiny import evaluator_from
 from rea2seg.train.pack import Pack, build_pack
 from rea2seg.train.prune import keep_layers, least_needed, main
-from rea2seg.train.reasons import ReasonTrainee, ReasonTraining
+from rea2seg.train.reasons import ReasonBatches, ReasonTrainee, ReasonTraining
 from rea2seg.train.reasons import main as train_reasons
 
 PROFILE = Settings.load("tiny", max_reasoning_tokens=12)
@@ -71,16 +71,21 @@ def test_an_evaluator_that_looks_at_pictures_of_masks_keeps_its_layers():
     with pytest.raises(ValueError, match="looks at pictures of masks"): keep_layers(new_internvl(), [0])
 
 
-def test_what_does_nothing_goes_first(pack_folder):
-    deeper = evaluator_from(load_generator("embedded:generator", layers=PROFILE.layers), EvaluatorShape(11, 7, 8192, 0.03))  # the last one is silent
-    before, pack = {n: p.clone() for n, p in deeper.model.state_dict().items()}, Pack.load(pack_folder)
-    kept, rows = least_needed(deeper, pack, 9, PROFILE, stay=[7, 8], progress=False)
-    assert rows[0]["left out"] is None and rows[1]["left out"] == 10 and rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-3)
-    assert len(kept) == 9 and {7, 8} <= set(kept) and set(kept) == set(range(11)) - {10, rows[2]["left out"]}
-    assert all(torch.equal(p, before[n]) for n, p in deeper.model.state_dict().items())
-    assert least_needed(deeper, pack, 10, PROFILE, stay=range(1, 11), progress=False)[0] == list(range(1, 11))   # whatever the loss
-    for count, stay in ((0, ()), (12, ()), (1, (7, 8))):
-        with pytest.raises(ValueError, match=f"can stay, got {count}"): least_needed(deeper, pack, count, PROFILE, stay=stay)
+def test_the_layer_without_which_the_loss_is_least_goes(large, pack_folder):
+    before, pack, free = {n: p.clone() for n, p in large.model.state_dict().items()}, Pack.load(pack_folder), (2, 4, 9)
+    kept, rows = least_needed(large, pack, 9, PROFILE, stay=set(range(10)) - set(free), progress=False)
+    def loss(layers):  # of an evaluator that has only these
+        s = load_section(ReasonTraining, "tiny.reasons", rank=1, attention_first=5, attention_last=6)
+        trainee = ReasonTrainee(keep_layers(large, layers), s, PROFILE)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): log = trainee(ReasonBatches(pack, trainee, s)(0, 0, 1), 0)[1]
+        return float(log["words"] + log["place"])
+    alone = {out: loss([k for k in range(10) if k != out]) for out in free}
+    assert rows[0]["left out"] is None and rows[0]["loss"] == pytest.approx(loss(range(10)), rel=0.02)
+    assert rows[1]["left out"] == min(alone, key=alone.get) and rows[1]["loss"] == pytest.approx(min(alone.values()), rel=0.02) and kept == [k for k in range(10) if k != rows[1]["left out"]]
+    assert all(torch.equal(p, before[n]) for n, p in large.model.state_dict().items())
+    assert least_needed(large, pack, 9, PROFILE, stay=range(1, 10), progress=False)[0] == list(range(1, 10))   # whatever the loss
+    for count, stay in ((0, ()), (11, ()), (1, (7, 8))):
+        with pytest.raises(ValueError, match=f"can stay, got {count}"): least_needed(large, pack, count, PROFILE, stay=stay)
 
 
 def test_the_checkpoint_holds_what_differs(home, large, tmp_path):

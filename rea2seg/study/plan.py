@@ -72,8 +72,9 @@ def generator_variants() -> list[Variant]:
 # %% ../../nbs/api/study_plan.ipynb #7c2abfea
 def evaluator_variants(plan: StudySettings, settings: Settings) -> list[Variant]:
     "Rows of table 4 (section 5.4)."
-    train = "papermill nbs/03_train_evaluator.ipynb OUT.ipynb"
-    absent = lambda what, key: f"no checkpoint of {what} for profile {settings.profile}; train one with {train}, then name its folder: {key} in [study.{settings.profile}] or -p {key} FOLDER"
+    def absent(what: str, key: str, how: str) -> str:
+        train = f"papermill nbs/03_train_evaluator.ipynb OUT.ipynb {how}" if settings.evaluator.startswith("embedded:") else "rea2seg train evaluator"
+        return f"no checkpoint of {what} for profile {settings.profile}; train one with {train}, then name its folder: {key} in [study.{settings.profile}] or -p {key} FOLDER"
     model, reasons = settings.evaluator_kind == "internvl", settings.chain_of_thought
     silent = reasons and not plan.plain_reasons  # who has not learnt to write is not asked to
     other = Variant("without_cot" if reasons else "with_cot", "without chain of thought" if reasons else "with chain of thought", {"chain_of_thought": not reasons},
@@ -81,8 +82,8 @@ def evaluator_variants(plan: StudySettings, settings: Settings) -> list[Variant]
                     f"the evaluator of profile {settings.profile} was not trained to reason; after such a training: -p evaluator FOLDER and evaluator_reasons = yes in [study.{settings.profile}]")
     own = "with chain of thought" if reasons else "without chain of thought"
     full = Variant("all", f"the profile's evaluator, {own}" if model else f"the profile's evaluator ({settings.evaluator_kind}, no MLLM)")
-    rows = [Variant("smaller", "smaller MLLM", evaluator=plan.smaller_evaluator, missing="" if plan.smaller_evaluator else absent("fewer parameters", "smaller_evaluator")),
-            Variant("plain", "without the reasoning data" + " nor chain of thought" * silent, {"chain_of_thought": False} if silent else {}, evaluator=plan.plain_evaluator, missing="" if plan.plain_evaluator else absent("a training without the reasoning data", "plain_evaluator")),
+    rows = [Variant("smaller", "smaller MLLM", evaluator=plan.smaller_evaluator, missing="" if plan.smaller_evaluator else absent("fewer parameters", "smaller_evaluator", "-p start embedded:evaluator -p layers 6")),
+            Variant("plain", "without the reasoning data" + " nor chain of thought" * silent, {"chain_of_thought": False} if silent else {}, evaluator=plan.plain_evaluator, missing="" if plan.plain_evaluator else absent("a training without the reasoning data", "plain_evaluator", "-p traces False")),
             *([full, other] if not reasons else [other, full])]
     simple = [Variant("by_attention", "no MLLM: agreement with the attention", evaluator="attention"), Variant("by_sam", "no MLLM: SAM's predicted IoU", evaluator="predicted_iou")]
     return [v for v in simple if v.evaluator != settings.evaluator_kind] + rows
