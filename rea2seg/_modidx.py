@@ -1878,6 +1878,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.batch_of': ( 'api/train_evaluator_tiny.html#batch_of',
                                                                                          'rea2seg/train/evaluator_tiny.py'),
+                                              'rea2seg.train.evaluator_tiny.begin': ( 'api/train_evaluator_tiny.html#begin',
+                                                                                      'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.evaluator_from': ( 'api/train_evaluator_tiny.html#evaluator_from',
                                                                                                'rea2seg/train/evaluator_tiny.py'),
                                               'rea2seg.train.evaluator_tiny.evaluator_tokenizer': ( 'api/train_evaluator_tiny.html#evaluator_tokenizer',

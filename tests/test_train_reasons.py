@@ -156,6 +156,10 @@ def test_what_says_little_is_not_stored(pack, generator, tmp_path):
         sizes[energy] = sum(v.numel() for v in read.lora.values())
     assert sizes[0.6] < 0.7 * sizes[1.0]
     train_reasons(read, pack, tmp_path / "on", profile=PROFILE, device="cpu", **few | dict(steps=1))
+    same = train_reasons(load_internvl(tmp_path / "0.6" / "evaluator"), pack, tmp_path / "same", profile=PROFILE, device="cpu", **few | dict(steps=1, rank=0, energy=1.0))
+    kept = load_internvl(tmp_path / "0.6" / "evaluator").lora
+    assert all(p.shape == kept[n].shape for n, p in same.lora.items()) and not all(torch.equal(p, kept[n]) for n, p in same.lora.items())
+    with pytest.raises(ValueError, match="rank 0 lets low-rank changes go on as they are, and there are none"): ReasonTrainee(evaluator_from(generator), settings(rank=0), PROFILE)
 
 
 def test_what_was_learnt_goes_on_exactly():

@@ -105,3 +105,4 @@ def test_without_a_pack_it_learns_no_reasoning(folders, tmp_path, monkeypatch, c
     assert {len(v) for k, v in load_internvl(tmp_path / "evaluator").lora.items() if "lora_A" in k} <= {1, 2, 3, 4}
     with pytest.raises(SystemExit): main([*common, "--pack", str(folders / "pack")])
     assert "reasoning goes on from --start" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has its shape; text_layers is for an evaluator that begins"): main([*common, "--start", str(tmp_path / "evaluator"), "--set-shape", "text_layers=6"])

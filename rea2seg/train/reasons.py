@@ -20,12 +20,11 @@ from torch.nn.utils import parametrize
 from ..attention import record_attention
 from ..data.pack import benchmark_weights, weighted
 from ..evaluator import InternvlEvaluator
-from ..generators import load_generator
-from ..internvl import Internvl, load_internvl, save_evaluator
+from ..internvl import Internvl, save_evaluator
 from ..lens_packing import BlockMask, lay_out, use_blocks
 from ..scenes.benchmark import world_rules
 from ..settings import Settings, load_section, parse_changes
-from .evaluator_tiny import EvaluatorShape, evaluator_from
+from .evaluator_tiny import EvaluatorShape, begin
 from .generator import attention_losses, target_tokens, token_counts
 from .looks import PhotoTrainee
 from .loop import LoopSettings, Tracker, fit
@@ -39,7 +38,7 @@ class ReasonTraining(LoopSettings):
     warmup_share: float     # of easy questions; the others are drawn in the benchmark's shares,
     hard: str               # ... but these sub-types,
     hard_factor: float      # ... so many times as often
-    rank: int               # of the changes of the language model's layers
+    rank: int               # of the changes of the language model's layers; 0: those that are there go on at their ranks
     energy: float           # share of their squared singular values that is stored
     words_rate: float       # factor of the learning rate for words and places
     head_rate: float        # ... and for the output layer
@@ -73,12 +72,13 @@ class LowRank(nn.Module):
 
 @torch.no_grad()
 def add_low_rank(lm: nn.Module, rank: int, lora: dict[str, Tensor] | None = None) -> dict[str, nn.Module]: # parametrized modules by their names in a checkpoint
-    "Put changes onto all matrices of all layers; those of `lora` (as `Internvl.lora` has them, in the weights already) go on."
+    "Put changes of a rank (0: of the ranks that are there) onto all matrices of all layers; those of `lora` (as `Internvl.lora` has them, in the weights already) go on."
     found = {f"model.language_model.{n}": m for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")}
     if lora and (lost := [n for n in found if f"{n}.lora_A.weight" not in lora]): raise ValueError(f"low-rank changes go on in all layers or in none, there is none of {lost[0]}")
     there = max((len(lora[f"{n}.lora_A.weight"]) for n in found), default=0) if lora else 0
-    if there > rank: raise ValueError(f"the low-rank changes that are there have rank {there}, the settings say {rank}")
-    for n, m in found.items(): parametrize.register_parametrization(m, "weight", LowRank.taken_out(m.weight, rank, lora[f"{n}.lora_A.weight"], lora[f"{n}.lora_B.weight"]) if lora else LowRank(m.weight, rank))
+    if there > rank > 0: raise ValueError(f"the low-rank changes that are there have rank {there}, the settings say {rank}")
+    if not rank and not there: raise ValueError("rank 0 lets low-rank changes go on as they are, and there are none")
+    for n, m in found.items(): parametrize.register_parametrization(m, "weight", LowRank.taken_out(m.weight, rank or len(lora[f"{n}.lora_A.weight"]), lora[f"{n}.lora_A.weight"], lora[f"{n}.lora_B.weight"]) if lora else LowRank(m.weight, rank))
     return found
 
 @torch.no_grad()
@@ -287,8 +287,7 @@ def main(argv: list[str] | None = None):
     p.add_argument("--set-shape", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator_shape], where there is no --start")
     a = p.parse_args(argv)
     tracker = Tracker(name="tiny-reasons", config=vars(a), folder=Path(a.out))
-    loaded = load_internvl(a.start) if a.start else evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers), load_section(EvaluatorShape, "tiny.evaluator_shape", **parse_changes(a.set_shape, EvaluatorShape)))
-    train_reasons(loaded, Pack.load(a.pack, a.scenes), a.out, Pack.load(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares, **parse_changes(a.set, ReasonTraining))
+    train_reasons(begin(a.start, a.generator, **parse_changes(a.set_shape, EvaluatorShape)), Pack.load(a.pack, a.scenes), a.out, Pack.load(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares, **parse_changes(a.set, ReasonTraining))
     tracker.finish()
 
 # %% ../../nbs/api/train_reasons.ipynb #135dc772

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..evaluator import InternvlEvaluator
-from ..generators import load_generator
-from ..internvl import Internvl, load_internvl, save_evaluator
+from ..internvl import Internvl, save_evaluator
 from ..mined import Mined, read_mined
 from ..settings import Settings, load_section, parse_changes
 from .evaluator import score_mined, summary_of
-from .evaluator_tiny import LookBatches, Scoring, evaluator_from, reasons_of
+from .evaluator_tiny import EvaluatorShape, LookBatches, Scoring, begin, reasons_of
 from .looks import LookTrainee, LookTraining
 from .loop import Tracker, fit
 from .pack import Pack
@@ -90,11 +89,11 @@ def main(argv: list[str] | None = None):
     p.add_argument("--validation", action="append", help="mined held-out questions; may be repeated"); p.add_argument("--out", default="runs/together"); p.add_argument("--minutes", type=float)
     p.add_argument("--shares", action="append", help="relative path from OUT/evaluator to a generator or evaluator whose weights are not written again; may be repeated"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator]"); p.add_argument("--set-reasons", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.reasons]")
+    p.add_argument("--set-shape", action="append", default=[], metavar="NAME=VALUE", help="of [tiny.evaluator_shape], where there is no --start")
     a = p.parse_args(argv)
     if a.pack and not a.start: p.error("reasoning goes on from --start, see rea2seg.train.reasons")
     tracker = Tracker(name="tiny-together", config=vars(a), folder=Path(a.out))
-    loaded = load_internvl(a.start) if a.start else evaluator_from(load_generator(a.generator, layers=Settings.load("tiny").layers))
-    train_together(loaded, Pack.load(a.pack) if a.pack else None, read_mined(a.mined), a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares,
+    train_together(begin(a.start, a.generator, **parse_changes(a.set_shape, EvaluatorShape)), Pack.load(a.pack) if a.pack else None, read_mined(a.mined), a.out, read_mined(a.validation) if a.validation else None, a.minutes, a.device, tracker, shares=a.shares,
                    reasons=parse_changes(a.set_reasons, ReasonTraining), **parse_changes(a.set, LookTraining))
     tracker.finish()
 
