@@ -127,10 +127,10 @@ def test_the_command_leaves_layers_out_and_training_goes_on(home, pack_folder, t
     shutil.copytree(home / "generator", tmp_path / "generator"); shutil.copytree(home / "evaluator", tmp_path / "large")
     main(["--start", str(tmp_path / "large"), "--layers", "9", "--pack", str(pack_folder), "--scenes", "1", "--out", str(tmp_path / "cut"), "--shares", "../../large", "--device", "cpu"])
     said = capsys.readouterr().out
-    kept = [int(k) for k in said.split("kept")[1].split()]
-    assert "all layers" in said and len(kept) == 9 and {7, 8} <= set(kept) and size(tmp_path / "cut" / "evaluator") < 2e5
-    few = dict(batch_size=1, precision="no", steps=2, warmup_steps=1, questions=2, rank=2, energy=1.0, words_rate=0, head_rate=0, attention_first=kept.index(7), attention_last=kept.index(8), mention_first=3, mention_last=4)
-    train_reasons(["--start", str(tmp_path / "cut" / "evaluator"), "--pack", str(pack_folder), "--out", str(tmp_path), "--shares", "../large", "--device", "cpu", *(x for k, v in few.items() for x in ("--set", f"{k}={v}"))])
+    kept, reads = [int(k) for k in said.split("kept")[1].splitlines()[0].split()], said.split("[tiny.reasons]")[1].splitlines()[0].split()   # and the numbers that layers have now
+    assert f"attention_first={kept.index(7)} attention_last={kept.index(8)}" in said and "all layers" in said and len(kept) == 9 and {7, 8} <= set(kept) and size(tmp_path / "cut" / "evaluator") < 2e5
+    few = dict(batch_size=1, precision="no", steps=2, warmup_steps=1, questions=2, rank=2, energy=1.0, words_rate=0, head_rate=0)
+    train_reasons(["--start", str(tmp_path / "cut" / "evaluator"), "--pack", str(pack_folder), "--out", str(tmp_path), "--shares", "../large", "--device", "cpu", *(x for c in [*(f"{k}={v}" for k, v in few.items()), *reads] for x in ("--set", c))])
     note, = json.loads((tmp_path / "evaluator" / "rea2seg.json").read_text())["shares"]
     assert "lm_head.weight" in note["names"] and len([n for n in note["names"] if ".layers." in n]) == 9 and size(tmp_path / "evaluator") < 6e5
     trained, before = load_internvl(tmp_path / "evaluator"), load_internvl(tmp_path / "cut" / "evaluator")
