@@ -397,6 +397,7 @@ def test_the_notebooks_run_a_checkpoint_of_each_family(profile, family, folders,
     assert two["Rea2Seg"].cells["val_giou"].value is not None and two["Rea2Seg"].cells["test_giou"].value is not None
     assert "3 layers" in (tmp_path / "figures" / "table_sweeps.md").read_text() and (family == "lisa" or (tmp_path / "figures" / "fig_3.pdf").exists())
     assert check(tmp_path / "figures")
+    assert len(json.loads((tmp_path / "figures" / "table_4.provenance.json").read_text())["weights"][str(folders["internvl"])]) == 16   # a row's own checkpoint
 
 
 def test_the_study_works_without_wandb(models, quiet, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from ..pipeline import _evaluator_choice
-from ..provenance import commit, machine, now, versions, weight_hashes
+from ..provenance import ROLES, commit, machine, now, versions, weight_hashes
 from ..results import write_json
 from ..scenes.benchmark import recipe
 from ..settings import Settings, parse_changes
@@ -40,19 +40,20 @@ def study_hashes() -> dict[str, str]: # module -> 10 hex digits
     return code_hashes() | {name: hashlib.sha256(p.read_bytes()).hexdigest()[:10] for name, p in own.items()}
 
 @lru_cache(maxsize=8)
-def weights_of(settings: Settings) -> dict[str, str]: # as `weight_hashes`
-    "Hashes of a profile's checkpoints, computed once a process: twenty gigabytes take their time."
-    return weight_hashes(settings)
+def weights_of(settings: Settings, rows: tuple[str, ...] = ()) -> dict[str, str]: # as `weight_hashes`
+    "Hashes of the checkpoints of a profile and of single rows, computed once a process: twenty gigabytes take their time."
+    return weight_hashes(settings, rows)
 
 def facts_of(
     given: dict,
     data: dict,                # spec, split, seed, limit, hash of the samples' fingerprints
     seed: int = 0,
+    checkpoints: tuple[str, ...] = (), # of rows that have an evaluator of their own
     **more,                    # JSON-ready: convention, plan, rows, ...
 ) -> dict:
     "Everything that decides a result, as it is now."
     s = resolve_settings(given)
-    return {"given": given, "settings": s.to_dict(), "seed": seed, "weights": dict(weights_of(s)), "data": data | ({"recipe": recipe()} if "world" in data.get("spec", "") else {}),
+    return {"given": given, "settings": s.to_dict(), "seed": seed, "weights": dict(weights_of(s, checkpoints)), "data": data | ({"recipe": recipe()} if "world" in data.get("spec", "") else {}),
             "code": study_hashes(), "versions": versions(), "machine": machine(), "commit": commit(), "started": now(), **more}
 
 def data_hash(records: Iterable[dict]) -> str: # 16 hex digits
@@ -100,7 +101,7 @@ def _compare(path: Path) -> list[tuple[str, str, str]]:
     if kept.get("scope") != "data": # samples and their counts depend on no model
         try: s = resolve_settings(kept["given"])
         except ValueError as e: return [*found, ("settings", kept["given"]["profile"], str(e))]
-        found += _pairs("setting", kept["settings"], json.loads(json.dumps(s.to_dict()))) + _pairs("weights of", kept["weights"], weights_of(s))
+        found += _pairs("setting", kept["settings"], json.loads(json.dumps(s.to_dict()))) + _pairs("weights of", kept["weights"], weights_of(s, tuple(n for n in kept["weights"] if n not in ROLES)))
         found += _pairs("module", kept["code"], study_hashes()) + _pairs("version of", kept["versions"], versions())
     if "recipe" in kept["data"]: found += _pairs("data", {"recipe": kept["data"]["recipe"]}, {"recipe": recipe()})
     return found

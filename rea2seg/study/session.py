@@ -19,7 +19,7 @@ from ..data.reader import ProblemLog, Reader
 from ..data.sources import load_samples
 from ..evaluator_api import ApiOptions
 from ..metrics import Convention
-from ..pipeline import Rea2Seg
+from ..pipeline import Rea2Seg, _evaluator_choice
 from ..settings import load_section
 from .cache import CachedModel, Variant, code_hashes
 from .figures import save_figure
@@ -98,7 +98,7 @@ def run(self: Session,
 ) -> list[RowResult]:
     "Run rows and save them, unfinished ones too; a second run goes on."
     path, log, start = self.results / f"{name}-{self.profile}", ProblemLog(), time.perf_counter()
-    facts = self.facts(spec, split, limit, **more)
+    facts = self.facts(spec, split, limit, checkpoints=tuple(sorted({v.evaluator for v in variants if v.evaluator and not v.missing and _evaluator_choice(v.evaluator)["evaluator_kind"] == "internvl"})), **more)
     def save(rows):
         facts["data"]["hash"], facts["duration_s"] = data_hash(r for row in rows for r in row.records), time.perf_counter() - start
         problems = log.to_dict()["items"] + (samples.problems.to_dict()["items"] if hasattr(samples, "problems") else [])
