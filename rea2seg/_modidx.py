@@ -334,6 +334,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'rea2seg/evaluator_internvl.py'),
                                             'rea2seg.evaluator_internvl.InternvlEvaluator.forget': ( 'api/evaluator_internvl.html#internvlevaluator.forget',
                                                                                                      'rea2seg/evaluator_internvl.py'),
+                                            'rea2seg.evaluator_internvl.InternvlEvaluator.like': ( 'api/evaluator_internvl.html#internvlevaluator.like',
+                                                                                                   'rea2seg/evaluator_internvl.py'),
                                             'rea2seg.evaluator_internvl.InternvlEvaluator.score_groups': ( 'api/evaluator_internvl.html#internvlevaluator.score_groups',
                                                                                                            'rea2seg/evaluator_internvl.py'),
                                             'rea2seg.evaluator_internvl.InternvlEvaluator.think': ( 'api/evaluator_internvl.html#internvlevaluator.think',

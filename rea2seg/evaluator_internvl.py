@@ -220,6 +220,7 @@ class InternvlOptions:
     groups_at_once: int    # groups decoded as one batch
     tiles_at_once: int     # tiles that go through the vision tower together
     features_kept: int     # pictures whose features are kept between calls
+    openings_kept: int     # pictures that were read with their question, and reasoned about, likewise
 
 @dataclass
 class GroupInputs:
@@ -308,10 +309,17 @@ class InternvlEvaluator(GroupScorer):
         self.builder = GroupBuilder(loaded.tokenizer, loaded.tiling, loaded.tokens_per_tile, settings, options, loaded.tokens_per_mask)
         self.writer = LineWriter(self.builder.encoder, ScoreGrammar(loaded.tokenizer), self.builder.template)
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._openings: OrderedDict[tuple, tuple[Tensor, Rows, str]] = OrderedDict()
 
     def forget(self):
-        "Drop the kept features; after the weights changed they are wrong."
-        self._kept.clear()
+        "Drop what is kept between calls; after the weights changed it is wrong."
+        self._kept.clear(); self._openings.clear()
+
+    def like(self, settings: Settings) -> "InternvlEvaluator":
+        "The same evaluator under other settings; what is kept between calls serves both."
+        new = InternvlEvaluator(self.loaded, settings, self.builder.options, self.share)
+        if (new.builder.photo_tiles, new.builder.mask_tiles) == (self.builder.photo_tiles, self.builder.mask_tiles): new._kept, new._openings = self._kept, self._openings
+        return new
 
     def _features(self, image: np.ndarray, masks: Tensor) -> tuple[Tensor, list[tuple[Tensor, Glance | None]]]: # float[tokens,C] of the photo; of each mask, and how it is looked through
         "Visual tokens; what was seen before is not computed again."
@@ -362,7 +370,11 @@ class InternvlEvaluator(GroupScorer):
         def start() -> Rows: rows = Rows(self.model); rows.photo = columns; return rows
         def opened() -> tuple[Rows, str]: rows = start(); rows.feed([head]); return rows, self._think(rows)
         alone = not self.share and not self._thinks_first
-        if self.share: first, thought = opened(); tokens += first.read
+        if self.share:
+            key = tuple(asked), self.settings.prompt, self._thinks_first, self.settings.max_reasoning_tokens
+            if key not in self._openings or self._openings[key][0] is not photo: self._openings[key] = photo, *opened(); tokens += self._openings[key][1].read
+            _, first, thought = self._openings[key]; self._openings.move_to_end(key)
+            while len(self._openings) > self.builder.options.openings_kept: self._openings.popitem(last=False)
         for i in range(0, len(groups), step):
             part = [[features[m] for m in g] for g in groups[i:i + step]]
             rows, thought = (first.spread(len(part)), thought) if self.share else (start(), "") if alone else opened()

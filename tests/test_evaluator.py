@@ -200,6 +200,32 @@ def test_on_the_original_checkpoint():
     assert ev.kind == "internvl" and ev.score(photo, QUESTION, masks).ious.shape == (7,)
 
 
+def test_what_was_read_and_reasoned_is_kept(small, monkeypatch):
+    "The same question about the same picture, other masks, groups or ways to read scores: reasoned about once, scored as from the start; all else is read anew."
+    s, masks, said = settings_of(prompt="bare", chain_of_thought=True, max_reasoning_tokens=6), blobs(7), []
+    ev = InternvlEvaluator(small, s)
+    think = InternvlEvaluator._think
+    monkeypatch.setattr(InternvlEvaluator, "_think", lambda self, rows: said.append(1) or think(self, rows))
+    fresh = lambda question=QUESTION, image=IMAGE, shown=masks, **changes: InternvlEvaluator(small, settings_of(prompt="bare", chain_of_thought=True, max_reasoning_tokens=6, **changes)).score(image, question, shown)
+    first = ev.score(IMAGE, QUESTION, masks)
+    assert len(said) == 1
+    for changes in (dict(), dict(group_size=2), dict(scoring="expected"), dict(rounds=2)):
+        other = ev.like(settings_of(prompt="bare", chain_of_thought=True, max_reasoning_tokens=6, **changes))
+        for shown in (masks, masks[2:5]):
+            said.clear(); got = other.score(IMAGE, QUESTION, shown)
+            assert not said
+            want = fresh(shown=shown, **changes)
+            assert torch.equal(got.ious, want.ious) and got.reasoning == want.reasoning and got.usage["tokens"] < want.usage["tokens"]
+    for question, image, changes in ((QUESTION + "?", IMAGE, dict()), (QUESTION, 255 - IMAGE, dict()), (QUESTION, IMAGE, dict(max_reasoning_tokens=5)), (QUESTION, IMAGE, dict(chain_of_thought=False))):
+        said.clear(); ev.like(settings_of(**dict(prompt="bare", chain_of_thought=True, max_reasoning_tokens=6) | changes)).score(image, question, masks)
+        assert said == [1]
+    assert len(ev._openings) == 2
+    ev.forget(); said.clear()
+    assert torch.equal(ev.score(IMAGE, QUESTION, masks).ious, first.ious) and said == [1]
+    none = InternvlEvaluator(small, s, options=replace(ev.builder.options, openings_kept=0))
+    for _ in range(2): said.clear(); assert torch.equal(none.score(IMAGE, QUESTION, masks).ious, first.ious) and said == [1]
+
+
 def test_features_are_kept_by_content(small, monkeypatch):
     ev, seen = InternvlEvaluator(small, settings_of()), []
     look = small.model.get_image_features

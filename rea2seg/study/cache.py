@@ -27,6 +27,7 @@ from ..data.samples import Sample
 from ..evaluation import Answer, record_of
 from ..evaluator import AttentionAgreement, InternvlEvaluator, load_evaluator
 from ..evaluator_api import ApiEvaluator
+from ..groups import GroupScorer, expected_iou
 from ..pipeline import Rea2Seg
 from ..provenance import hash_files, versions, weight_hashes
 from ..records import CandidateSet, Grounding, ImageEmbedding
@@ -158,10 +159,7 @@ for _f in (_ground_key, ground, candidates): setattr(CachedModel, _f.__name__, _
 # %% ../../nbs/api/study_cache.ipynb #614ed323
 def evaluator_like(evaluator, settings: Settings):
     "The same evaluator under other settings."
-    if isinstance(evaluator, InternvlEvaluator):
-        new = InternvlEvaluator(evaluator.loaded, settings, evaluator.builder.options, evaluator.share)
-        if (new.builder.photo_tiles, new.builder.mask_tiles) == (evaluator.builder.photo_tiles, evaluator.builder.mask_tiles): new._kept = evaluator._kept
-        return new
+    if isinstance(evaluator, InternvlEvaluator): return evaluator.like(settings)
     if isinstance(evaluator, ApiEvaluator): return ApiEvaluator(settings, evaluator.options, evaluator.cache.folder, evaluator.sleep)
     return load_evaluator(evaluator.kind, settings)
 
@@ -182,15 +180,18 @@ def evaluator_of(self: CachedModel, variant: Variant) -> tuple: # evaluator, its
 
 @torch.inference_mode()
 def scores(self: CachedModel, image: np.ndarray, question: str, variant: Variant, found: CandidateSet, grounding: Callable) -> tuple[np.ndarray, float]: # float64[N], seconds
-    "The evaluator's IoU estimates (section 4.3), in the candidates' order."
+    "The evaluator's IoU estimates (section 4.3), in the candidates' order; how they are read together is not part of what is kept."
+    consensus = self.settings.with_(**variant.changes).consensus
+    variant = replace(variant, changes=variant.changes | {"consensus": 0.0})
     (evaluator, name), settings = self.evaluator_of(variant), self.settings.with_(**variant.changes)
+    together = (lambda ious: expected_iou(torch.from_numpy(ious).float(), found.masks, consensus).clamp(0, 1).double().numpy()) if consensus and isinstance(evaluator, GroupScorer) else lambda ious: ious
     needs = replace(grounding(), layers=settings.layers) if evaluator.kind == "attention" else None
     seen = content(needs.attention) if needs is not None else content(found.predicted_ious) if evaluator.kind == "predicted_iou" else ""
     key = digest("scores", self.base, name, self.see(image), question, content(found.masks), seen, chosen(settings, SCORE))
-    if data := self.store.get(key): got = json.loads(data); return np.array(got["ious"]), got["seconds"]
+    if data := self.store.get(key): got = json.loads(data); return together(np.array(got["ious"])), got["seconds"]
     ious, seconds = _timed(lambda: evaluator.score(image, question, found.masks, candidates=found, grounding=needs).ious.cpu().double().numpy())
     self.store.put(key, json.dumps({"ious": ious.tolist(), "seconds": seconds}).encode(), "scores")
-    return ious, seconds
+    return together(ious), seconds
 
 for _f in (evaluator_of, scores): setattr(CachedModel, _f.__name__, _f)
 
