@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rea2seg.evaluator import InternvlEvaluator
+from rea2seg.evaluator_internvl import InternvlEvaluator, InternvlOptions
 from rea2seg.groups import make_groups
 from rea2seg.internvl import InternvlSize, new_internvl, small_tokenizer
 from rea2seg.scoreline import SCORES
@@ -66,7 +66,8 @@ def measure(name: str, masks: int, runs: int, threads: int) -> dict:
     size = load_section(InternvlSize, "tiny.internvl") if name == "tiny" else InternvlSize(**SMALL)
     settings = Settings.load("tiny", prompt="full", mask_view="binary", question_place="before", scoring="text", chain_of_thought=False, group_size=5, rounds=1, consensus=0.0)
     loaded = new_internvl(size, small_tokenizer(["Grade the masks in the order shown. The first image is a photo."], size.tokens))
-    evaluator, mean = (InternvlEvaluator(loaded, settings.with_(scoring=s)) for s in ("text", "expected"))
+    options = load_section(InternvlOptions, "evaluator.internvl", openings_kept=0)   # a further question is read anew
+    evaluator, mean = (InternvlEvaluator(loaded, settings.with_(scoring=s), options) for s in ("text", "expected"))
     yy, xx = np.mgrid[:256, :256]
     image = np.stack([xx, yy, (xx + yy) // 2], -1).astype(np.uint8)
     shown = torch.stack([torch.tensor((xx - 16 * k) ** 2 + (yy - 128) ** 2 < 2500) for k in range(masks)])

@@ -19,7 +19,7 @@ import torch
 from rea2seg.candidates import discover
 from rea2seg.data.sources import load_samples
 from rea2seg.evaluation import Answer, record_of
-from rea2seg.evaluator import InternvlEvaluator, load_evaluator
+from rea2seg.evaluator import AttentionAgreement, InternvlEvaluator, load_evaluator
 from rea2seg.metrics import MetricSettings
 from rea2seg.pipeline import Rea2Seg
 from rea2seg.settings import parse_changes
@@ -48,7 +48,8 @@ class RowByRow:
         self.last = image, g.embedding
         found = discover(self.generator.sam, g, s, self.variant.parts)
         ious = self.evaluator.score(image, sample.question, found.masks, candidates=found, grounding=g).ious.cpu().double().numpy() if self.variant.scored and len(found) else None
-        return record_of(sample, image, truth, ignore, Answer(g.initial.cpu().numpy(), found, ious, {}), s.prior, RATIO)
+        attention = AttentionAgreement().score(image, sample.question, found.masks, grounding=g).ious.double().numpy()
+        return record_of(sample, image, truth, ignore, Answer(g.initial.cpu().numpy(), found, ious, {}, attention), s.prior, RATIO)
 
 
 def equal(a: dict, b: dict) -> list[str]: # names of the numbers that differ
