@@ -1,6 +1,6 @@
 """All rows of the ablations: one pass that shares work, against row by row without the cache, in one run.
 
-    python benchmarks/sweep.py [--samples 6] [--profile tiny] [--evaluator FOLDER|KIND] [--set NAME=VALUE] [--least 3.0] [--out FOLDER]
+    python benchmarks/sweep.py [--samples 6] [--rows N] [--profile tiny] [--evaluator FOLDER|KIND] [--set NAME=VALUE] [--least 3.0] [--out FOLDER]
 
 Row by row is the same model, asked again for every row: encode, ground, discover, score. It may keep what one row naturally keeps
 (the embedding of a picture with several questions, the evaluator's visual tokens), and weights are loaded once for both. Rows that do not
@@ -60,14 +60,14 @@ def main():
     global RATIO
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--samples", type=int, default=6); p.add_argument("--profile", default="tiny"); p.add_argument("--data", default="")
-    p.add_argument("--evaluator"); p.add_argument("--set", action="append", default=[], dest="changes"); p.add_argument("--least", type=float, default=3.0)
+    p.add_argument("--evaluator"); p.add_argument("--set", action="append", default=[], dest="changes"); p.add_argument("--least", type=float, default=3.0); p.add_argument("--rows", type=int, help="the first ones alone")
     p.add_argument("--threads", type=int, default=2); p.add_argument("--out", default=str(Path(__file__).parent / "results"))
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     RATIO, plan = MetricSettings.load().boundary_ratio, StudySettings.load(a.profile)
     model = Rea2Seg.from_profile(a.profile, evaluator=a.evaluator, **parse_changes(a.changes))
     named = {v.name: v for v in [*generator_variants(), *evaluator_variants(plan, model.settings), *(v for line in sweep_variants(plan, model.settings).values() for v in line)] if not v.missing}
-    variants = [named.pop("all"), *named.values()]
+    variants = [named.pop("all"), *named.values()][:a.rows]
     samples = list(load_samples(a.data or plan.data, limit=a.samples))
     rows, took = {v.name: RowByRow(model, v) for v in variants}, []
     with tempfile.TemporaryDirectory() as tmp:
