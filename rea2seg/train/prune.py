@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None):
     "`python -m rea2seg.train.prune`: an evaluator of fewer layers, for `train.reasons` and `train.together` to go on from."
     p = argparse.ArgumentParser(prog="rea2seg.train.prune", description=main.__doc__)
     p.add_argument("--start", default="embedded:evaluator"); p.add_argument("--layers", type=int, required=True, help="how many stay")
-    p.add_argument("--stay", type=int, nargs="+", default=[7, 8], help="numbers of layers that stay whatever the loss; default: those that are taught where to look"); p.add_argument("--pack", required=True, action="append", help="scenes with traces; may be repeated")
+    looks = load_section(LookTraining, "tiny.evaluator")
+    p.add_argument("--stay", type=int, nargs="+", default=[*range(looks.attention_first, looks.attention_last + 1)], help="numbers of layers that stay whatever the loss; default: those that are taught where to look"); p.add_argument("--pack", required=True, action="append", help="scenes with traces; may be repeated")
     p.add_argument("--scenes", type=int, default=16, help="the first ones of the pack"); p.add_argument("--out", default="runs/prune"); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--shares", action="append", help="relative path from OUT/evaluator to an evaluator whose weights are not written again; may be repeated")
     a = p.parse_args(argv)
