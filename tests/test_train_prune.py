@@ -84,6 +84,7 @@ def test_the_layer_without_which_the_loss_is_least_goes(large, pack_folder):
     assert rows[1]["left out"] == min(alone, key=alone.get) and rows[1]["loss"] == pytest.approx(min(alone.values()), rel=0.02) and kept == [k for k in range(10) if k != rows[1]["left out"]]
     assert all(torch.equal(p, before[n]) for n, p in large.model.state_dict().items())
     assert least_needed(large, pack, 9, PROFILE, stay=range(1, 10), progress=False)[0] == list(range(1, 10))   # whatever the loss
+    with pytest.raises(ValueError, match=r"layers are 0 to 9, got \[10\] to stay"): least_needed(large, pack, 9, PROFILE, stay=[8, 10])
     for count, stay in ((0, ()), (11, ()), (1, (7, 8))):
         with pytest.raises(ValueError, match=f"can stay, got {count}"): least_needed(large, pack, count, PROFILE, stay=stay)
 

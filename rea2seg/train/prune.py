@@ -61,6 +61,7 @@ def least_needed(
     "Leave layers out one after another, each time the one without which the loss of traces is least."
     whole = len(loaded.model.model.language_model.layers)
     if not max(len(stay), 1) <= count <= whole: raise ValueError(f"of {whole} layers {max(len(stay), 1)} to {whole} can stay, got {count}")
+    if lost := sorted(set(stay) - set(range(whole))): raise ValueError(f"layers are 0 to {whole - 1}, got {lost} to stay")
     settings = load_section(ReasonTraining, "tiny.reasons", rank=1)
     trainee = ReasonTrainee(keep_layers(loaded, range(whole)), settings, profile or Settings.load("tiny"))
     lm, batches = trainee.model.model.language_model, ReasonBatches(pack, trainee, settings)
